@@ -1,0 +1,38 @@
+# make demo and make test do all of their own set-up: they need Python 3.10 or newer, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint format setup clean
+
+demo: setup
+	$(BIN)/rewind demo
+
+test: setup
+	$(BIN)/python tests/run.py
+
+test-all: setup
+	$(BIN)/python tests/run.py --slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(VENV)/.installed
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch torchvision
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml requirements.txt
+	$(BIN)/pip install --quiet -r requirements.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venvs build *.egg-info .pytest_cache .ruff_cache output

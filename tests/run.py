@@ -1,0 +1,118 @@
+"""`make test`: style, the tests without a host, the host tests once for each ComfyUI in an environment of its own."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+# torchaudio, which a host cannot start without, ended at 2.11 and refuses a torch built for another CUDA.
+HOST_TORCH = ("torch>=2.11,<2.12", "torchvision>=0.26,<0.27", "torchaudio>=2.11,<2.12")
+
+
+@dataclass
+class Count:
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+
+    def __str__(self) -> str:
+        return f"{self.passed} passed, {self.skipped} skipped, {self.failed} failed"
+
+
+def hosts() -> list[Path]:
+    """The ComfyUI folders to test against: COMFYUI_PATH, a list with the system's path separator."""
+    default = os.pathsep.join(("~/comfy/ComfyUI", "~/comfy/ComfyUI-0.7.0"))
+    return [Path(p).expanduser() for p in os.environ.get("COMFYUI_PATH", default).split(os.pathsep) if p]
+
+
+def host_version(host: Path) -> str:
+    return re.search(r'__version__ = "([^"]+)"', (host / "comfyui_version.py").read_text())[1]
+
+
+def host_venv(host: Path) -> Path:
+    """The virtual environment of one host, made on first use: front ends are pinned, so hosts cannot share one."""
+    pins = (host / "requirements.txt").read_bytes()
+    folder = ROOT / ".venvs" / f"{host.resolve().name}-{hashlib.sha256(pins).hexdigest()[:8]}"
+    ours = (ROOT / "requirements.txt").read_bytes()
+    wanted = hashlib.sha256(pins + ours + " ".join(HOST_TORCH).encode()).hexdigest()
+    stamp = folder / ".installed"
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return folder
+    print(f"setting up {folder.relative_to(ROOT)} for {host}", flush=True)
+    venv.create(folder, with_pip=True)
+    pip = [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--upgrade", "pip"], check=True)
+    subprocess.run([*pip, *HOST_TORCH], check=True)
+    requirements = ["-r", host / "requirements.txt", "-r", ROOT / "requirements.txt", "pytest>=8.3"]
+    subprocess.run([*pip, *HOST_TORCH, *requirements], check=True)
+    stamp.write_text(wanted)
+    return folder
+
+
+def pytest(executable: Path, *arguments: str, host: Path | None = None) -> Count:
+    """Run one pytest session and count its results; a session that ends without a report counts as one failure."""
+    environment = {**os.environ, "REWIND_HOST": str(host.resolve()) if host else ""}
+    with tempfile.TemporaryDirectory() as temporary:
+        report = Path(temporary) / "report.xml"
+        command = [executable, "-q", "-rfEs", f"--junitxml={report}", *arguments]
+        code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+        if not report.is_file():
+            return Count(failed=1)
+        suites = ElementTree.parse(report).getroot().iter("testsuite")
+        total = Count()
+        for suite in suites:
+            n, skipped = int(suite.get("tests")), int(suite.get("skipped"))
+            failed = int(suite.get("failures")) + int(suite.get("errors"))
+            total += Count(n - failed - skipped, failed, skipped)
+    if code and not total.failed:
+        total.failed = 1  # interrupted, or nothing was collected
+    return total
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--slow", action="store_true", help="also the tests marked slow")
+    parser.add_argument("--setup-only", action="store_true", help="make the hosts' virtual environments and stop")
+    options, passed_on = parser.parse_known_args()
+    if options.setup_only:
+        for host in hosts():
+            if (host / "main.py").is_file():
+                host_venv(host)
+        return 0
+
+    selection = ["-m", "slow or not slow", *passed_on] if options.slow else passed_on
+    style = [
+        subprocess.run([BIN / "ruff", *words, "."], cwd=ROOT).returncode for words in (["check"], ["format", "--check"])
+    ]
+    total = pytest(BIN / "pytest", "tests", "--ignore=tests/host", "--ignore=tests/browser", *selection)
+    lines = ["style: " + ("FAILED" if any(style) else "ok"), f"without a host: {total}"]
+    for host in hosts():
+        if (host / "main.py").is_file():
+            count = pytest(host_venv(host) / "bin" / "pytest", "tests/host", *selection, host=host)
+            lines.append(f"host ComfyUI {host_version(host)} at {host}: {count}")
+        else:
+            count = pytest(BIN / "pytest", "tests/host", "-rN", *selection)
+            lines.append(f"HOST TESTS SKIPPED: no ComfyUI at {host} ({count.skipped} tests)")
+        total += count
+
+    print("\n" + "\n".join(lines))
+    print(f"{total.passed} passed, {total.failed} failed, {total.skipped} skipped")
+    return int(any(style) or total.failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
