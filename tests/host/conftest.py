@@ -1,0 +1,48 @@
+"""A real ComfyUI for the tests in this folder.
+
+`tests/run.py` starts this session once a host, in that host's own virtual environment, with its folder in REWIND_HOST.
+Without that variable every test here is skipped, and counted. So test modules import nothing of the host at module
+scope: they take the fixture `host` or `server`, or import inside the test.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfy_host
+import host_state
+import pytest
+
+HOST = os.environ.get("REWIND_HOST")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if not HOST and here in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="needs a ComfyUI: run `make test`"))
+
+
+def pytest_report_header() -> str:
+    return f"host: {HOST or 'none'}"
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> comfy_host.Host:
+    """ComfyUI in this process, the pack loaded as the host loads it. See comfy_host.Host."""
+    booted = comfy_host.boot(Path(HOST), tmp_path_factory.mktemp("host"))
+    booted.state_before = host_state.snapshot(booted.path)
+    booted.nodes_before = set(booted.mappings)
+    booted.loaded = booted.load_pack()
+    booted.state_after = host_state.snapshot(booted.path)
+    return booted
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[comfy_host.Server]:
+    """A ComfyUI server with the pack, for tests through its HTTP API and websocket. See comfy_host.Server."""
+    running = comfy_host.Server(Path(HOST), tmp_path_factory.mktemp("server"))
+    yield running
+    running.stop()
