@@ -1,0 +1,346 @@
+"""Train the embedded image-to-video model from scratch on the synthetic world.
+
+    python -m rewind.demo.train vae   --minutes 20      the VAE, encoder and temporal decoder
+    python -m rewind.demo.train cache --clips 5120      render and encode the training clips once
+    python -m rewind.demo.train unet  --minutes 120     the video UNet and the image encoder
+    python -m rewind.demo.train decoder --minutes 20    more of the decoder alone (the latents stay what they are)
+    python -m rewind.demo.train export                  the one safetensors file that both faces read
+
+Every command resumes from its own checkpoint in --folder (weights, moving average, optimizer, step) and saves on the way.
+On a CPU it runs one single-threaded worker a core, with the gradients averaged each step; on a GPU one worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import world as W
+from .models import SCALING_FACTOR, ImageToVideoConfig, build_image_encoder, build_unet, build_vae
+
+log = logging.getLogger(__name__)
+
+# The first three latent channels are held near the eight times smaller picture, which gives the encoder a start, keeps
+# colour linear and leaves the fourth for detail. Affine, so that the latents have about unit variance in model space.
+PICTURE_MEAN, PICTURE_STD = -0.10, 0.26
+LATENT_NOISE = 0.10  # added before decoding in training: the decoder then forgives a sampler's small errors
+P_MEAN, P_STD = 0.5, 1.7  # ln sigma of the UNet's training noise
+OBJECT_WEIGHT = 4.0  # extra weight of the loss on the moving object
+
+
+# --- workers -----------------------------------------------------------------------------------------------------------
+
+
+def average_gradients(parameters: list[Tensor]) -> None:
+    """The mean over all workers, in one message."""
+    if dist.is_initialized():
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for grad, piece in zip(grads, flat.split([g.numel() for g in grads])):
+            grad.copy_(piece.view_as(grad))
+
+
+class Trainer:
+    """AdamW with warm-up and cosine decay, gradient clipping, a moving average of the weights, and a resumable checkpoint."""
+
+    def __init__(self, modules: dict[str, torch.nn.Module], path: Path, lr: float, minutes: float, rank: int, average=0.999):
+        self.modules, self.path, self.lr, self.rank, self.average = modules, path, lr, rank, average
+        self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+        fused = self.parameters[0].device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=fused)
+        self.step, self.spent, self.history = 0, 0.0, []
+        if path.exists():
+            state = torch.load(path, map_location=self.parameters[0].device)
+            for name, module in modules.items():
+                module.load_state_dict(state["raw"][name])
+            if "optimizer" in state:
+                self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.spent, self.history = state["step"], state["spent"], state["history"]
+            self.ema = state["ema"]
+        else:
+            self.ema = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in modules.items()}
+        self.budget = self.spent + 60 * minutes
+        self.started, self.saved, self.mean = time.time() - self.spent, time.time(), None
+
+    def progress(self) -> float:
+        """The share of the budget that is spent, 0..1, the same on every worker."""
+        share = torch.tensor([(time.time() - self.started) / self.budget], dtype=torch.float64)
+        if dist.is_initialized():
+            dist.broadcast(share, 0)
+        return float(share)
+
+    def update(self, loss: Tensor, share: float) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        average_gradients(self.parameters)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        lr = self.lr * min(1.0, (self.step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * min(share, 1.0)) + 0.01)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.step += 1
+        value = loss.item()
+        self.mean = value if self.mean is None else 0.98 * self.mean + 0.02 * value
+        if self.rank == 0:
+            keep = min(self.average, self.step / (self.step + 20))
+            for name, module in self.modules.items():
+                for key, now in module.state_dict().items():
+                    self.ema[name][key].lerp_(now, 1 - keep) if now.is_floating_point() else None
+            if self.step % 25 == 0:
+                seconds = time.time() - self.started
+                self.history.append((self.step, seconds, self.mean))
+                log.info("step %d  %.0f s  lr %.1e  loss %.4f", self.step, seconds, lr, self.mean)
+            if time.time() - self.saved > 240:
+                self.save()
+
+    def save(self) -> None:
+        if self.rank:
+            return
+        self.saved = time.time()
+        raw = {name: module.state_dict() for name, module in self.modules.items()}
+        spent = time.time() - self.started
+        state = {"raw": raw, "ema": self.ema, "optimizer": self.optimizer.state_dict(), "step": self.step}
+        partial = self.path.with_suffix(".partial")
+        torch.save(state | {"spent": spent, "history": self.history}, partial)
+        partial.replace(self.path)
+
+
+# --- the VAE -----------------------------------------------------------------------------------------------------------
+
+
+def encode(vae, pixels: Tensor) -> Tensor:
+    """The mean of the posterior in model space (times 0.18215) of pixels [..., 3, H, W] in -1..1: [..., 4, H/8, W/8]."""
+    moments = vae.encoder(pixels.flatten(0, -4)).float()
+    return (moments[:, :4] * SCALING_FACTOR).unflatten(0, pixels.shape[:-3])
+
+
+def decode(vae, latents: Tensor) -> Tensor:
+    """Pixels [n, T, 3, H, W] in -1..1 of clips of latents [n, T, 4, h, w] in model space."""
+    n, frames = latents.shape[:2]
+    only_video = torch.zeros(n, frames, dtype=latents.dtype, device=latents.device)
+    pixels = vae.decoder(latents.flatten(0, 1) / SCALING_FACTOR, num_frames=frames, image_only_indicator=only_video)
+    return pixels.unflatten(0, (n, frames))
+
+
+def _crops(frames: Tensor, mask: Tensor, scene: W.Scene, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Square crops around the object, the same for all frames of a clip."""
+    centre = scene.position[:, 0] + 48 * (torch.rand(len(scene), 2, generator=generator) - 0.5)
+    corner = (centre - size / 2).clamp(0, frames.shape[-1] - size).long().tolist()
+    pick = [(slice(None), slice(None), slice(y, y + size), slice(x, x + size)) for x, y in corner]
+    return torch.stack([f[p] for f, p in zip(frames, pick)]), torch.stack([m[p[1:]] for m, p in zip(mask, pick)])
+
+
+def vae_loss(vae, pixels: Tensor, mask: Tensor, train_encoder: bool = True) -> Tensor:
+    """Reconstruction (L1, squared, gradients; the object counts more) and, for the encoder, the shape of the latents."""
+    with torch.set_grad_enabled(train_encoder):
+        latents = encode(vae, pixels)
+    noisy = latents + LATENT_NOISE * torch.rand(len(pixels), 1, 1, 1, 1).to(pixels) * torch.randn_like(latents)
+    error = decode(vae, noisy).float() - pixels
+    weight = 1 + 3 * F.max_pool2d(mask, 5, 1, 2)[:, :, None]
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    loss = (weight * (error.abs() + 4 * error**2)).mean() / weight.mean() + 0.5 * edges
+    if train_encoder:
+        small = (F.avg_pool2d(pixels.flatten(0, 1), 8) - PICTURE_MEAN) / PICTURE_STD
+        flat = latents.flatten(0, 1)
+        detail = flat[:, 3]
+        loss = loss + 0.1 * (flat[:, :3] - small).pow(2).mean() + 0.01 * (detail.mean() ** 2 + (detail.std() - 1) ** 2)
+    return loss
+
+
+def _start_temporal_layers_as_identity(vae) -> None:
+    """Single frames then train the same function that clips see; the outer taps learn in the decoder's own phase."""
+    for module in vae.decoder.modules():
+        if isinstance(module, torch.nn.Conv3d) and module.kernel_size[0] == 3:
+            module.weight.data[:, :, [0, 2]] = 0
+    # The posterior's variance is never used (the mode is): a small constant.
+    vae.encoder.conv_out.weight.data[4:] = 0
+    vae.encoder.conv_out.bias.data[4:] = -10.0
+
+
+def train_vae(args, rank: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(1000 * args.seed + rank)
+    torch.manual_seed(args.seed)
+    vae = build_vae()
+    _start_temporal_layers_as_identity(vae)
+    vae.to(device)
+    decoder_only = args.command == "decoder"
+    if decoder_only:
+        vae.encoder.requires_grad_(False)
+        if not (args.folder / "decoder.pt").exists():
+            vae.load_state_dict(torch.load(args.folder / "vae.pt")["ema"]["vae"])
+    trainer = Trainer({"vae": vae}, args.folder / f"{args.command}.pt", args.lr or 1.5e-3, args.minutes, rank, 0.995)
+    while (share := trainer.progress()) < 1:
+        # Two thirds of the time on single cropped frames, then whole frames; the decoder's own phase sees clips.
+        whole = decoder_only or share > 0.6
+        count, frames = (1, 8) if decoder_only else (4, 1) if whole else (12, 1)
+        scene = W.sample(count, generator, W.World(frames=frames))
+        pixels, mask = W.render(scene)
+        if not whole:
+            pixels, mask = _crops(pixels, mask, scene, 48, generator)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = vae_loss(vae, (pixels * 2 - 1).to(device), mask.to(device), train_encoder=not decoder_only)
+        trainer.update(loss, share)
+    trainer.save()
+
+
+# --- the UNet ----------------------------------------------------------------------------------------------------------
+
+
+def clip_pixels(images: Tensor, size: int) -> Tensor:
+    """CLIP's own preparation of images [n, 3, H, W] in 0..1 (bicubic, antialiased, normalised), as the host does it."""
+    from ..pipelines.videoshop.latents import clip_preprocess
+
+    return clip_preprocess(images, size)
+
+
+def load_vae(folder: Path):
+    """The trained VAE: the encoder of the first phase, the decoder of the latest."""
+    vae = build_vae()
+    newest = folder / "decoder.pt" if (folder / "decoder.pt").exists() else folder / "vae.pt"
+    vae.load_state_dict(torch.load(newest, map_location="cpu")["ema"]["vae"])
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def make_cache(args, rank: int, device: torch.device) -> None:
+    """Render and encode training clips, a file of 256 clips at a time; existing files are kept."""
+    vae = load_vae(args.folder).to(device)
+    workers = dist.get_world_size() if dist.is_initialized() else 1
+    (args.folder / "cache").mkdir(exist_ok=True)
+    for part in range(rank, math.ceil(args.clips / 256), workers):
+        path = args.folder / "cache" / f"{part:04d}.pt"
+        if path.exists():
+            continue
+        generator = torch.Generator().manual_seed(7_000_000 + part)  # the training seeds
+        scene = W.sample(256, generator)
+        frames, mask = W.render(scene)
+        level = torch.exp(torch.empty(256).uniform_(math.log(0.005), math.log(0.3), generator=generator))
+        first = frames[:, :1] * 2 - 1
+        noisy = first + level[:, None, None, None, None] * torch.randn(first.shape, generator=generator)
+        pixels = torch.cat([frames * 2 - 1, noisy], 1)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            latents = torch.cat([encode(vae, piece.to(device)).cpu() for piece in pixels.split(8)])
+        data = {"latents": latents[:, :-1].half(), "noisy": latents[:, -1].half(), "level": level}
+        data |= {"image": clip_pixels(frames[:, 0], 32).half(), "bucket": scene.motion_bucket}
+        data |= {"mask": F.avg_pool2d(mask, 8).half()}
+        torch.save(data, path)
+        log.info("clips %d to %d", part * 256, part * 256 + 255)
+
+
+def load_cache(folder: Path) -> dict[str, Tensor]:
+    parts = [torch.load(path) for path in sorted((folder / "cache").glob("*.pt"))]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def unet_loss(unet, image_encoder, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    """EDM's v-prediction loss |F - F_target|^2 with the weight on the object (arXiv 2206.00364, section 5, c_skip form)."""
+    z, device = batch["latents"].float(), batch["latents"].device
+    n, frames = z.shape[:2]
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator).to(device)
+
+    quantile = (torch.arange(n, device=device) + rand(n)) / n  # stratified over the batch
+    sigma = torch.exp(P_MEAN + P_STD * math.sqrt(2) * torch.erfinv(2 * quantile.clamp(1e-4, 1 - 1e-4) - 1))
+    s = sigma[:, None, None, None, None]
+    x = z + s * torch.randn(z.shape, generator=generator).to(device)
+    c_skip, c_out, c_in = 1 / (s**2 + 1), -s / torch.sqrt(s**2 + 1), 1 / torch.sqrt(s**2 + 1)
+
+    clean = rand(n) < 0.3  # no augmentation noise on the condition
+    condition = torch.where(clean[:, None, None, None], z[:, 0], batch["noisy"].float()) / SCALING_FACTOR
+    level = torch.where(clean, 0.0, batch["level"].float())
+    drop = rand(n)  # 5 % lose the picture, 5 % the embedding, 5 % both
+    condition = condition * (drop > 0.10)[:, None, None, None]
+    embedding = image_encoder(batch["image"].float()).image_embeds[:, None]
+    embedding = embedding * ((drop > 0.15) | ((drop > 0.05) & (drop <= 0.10)))[:, None, None]
+    bucket = torch.where(rand(n) < 0.1, float(W.UNSPECIFIED_MOTION), batch["bucket"].float())
+    added = torch.stack([torch.full_like(level, 6.0), bucket, level], 1)  # fps - 1, motion bucket, augmentation
+    model_input = torch.cat([c_in * x, condition[:, None].expand(-1, frames, -1, -1, -1)], 2)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        output = unet(model_input, 0.25 * sigma.log(), embedding, added, return_dict=False)[0].float()
+    weight = 1 + OBJECT_WEIGHT * batch["mask"].float()[:, :, None]
+    target = (z - c_skip * x) / c_out
+    return (weight * (output - target) ** 2).mean() / weight.mean()
+
+
+def train_unet(args, rank: int, device: torch.device) -> None:
+    torch.manual_seed(args.seed)
+    config = ImageToVideoConfig()
+    unet, image_encoder = build_unet(config).to(device), build_image_encoder(config).to(device)
+    unet.train()
+    trainer = Trainer(
+        {"unet": unet, "image_encoder": image_encoder}, args.folder / "unet.pt", args.lr or 1e-3, args.minutes, rank
+    )
+    data = load_cache(args.folder)
+    generator = torch.Generator().manual_seed(1000 * args.seed + 10 * trainer.step + rank)
+    while (share := trainer.progress()) < 1:
+        index = torch.randint(len(data["latents"]), (args.batch,), generator=generator)
+        batch = {key: value[index].to(device) for key, value in data.items()}
+        trainer.update(unet_loss(unet, image_encoder, batch, generator), share)
+    trainer.save()
+
+
+# --- one file ----------------------------------------------------------------------------------------------------------
+
+
+def export(args, rank: int, device: torch.device) -> None:
+    """Write the moving averages, in half precision and the checkpoint layout, to one safetensors file."""
+    from safetensors.torch import save_file
+
+    from .keys import to_checkpoint
+
+    state = torch.load(args.folder / "unet.pt", map_location="cpu")
+    parts = {"unet": state["ema"]["unet"], "vae": load_vae(args.folder).state_dict()}
+    weights = to_checkpoint(parts | {"image_encoder": state["ema"]["image_encoder"]})
+    save_file({key: value.half().contiguous() for key, value in weights.items()}, args.output)
+    log.info("%s: %.1f MB, %d steps", args.output, args.output.stat().st_size / 1e6, state["step"])
+
+
+COMMANDS = {"vae": train_vae, "decoder": train_vae, "cache": make_cache, "unet": train_unet, "export": export}
+
+
+def _worker(rank: int, workers: int, args) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if workers > 1:
+        torch.set_num_threads(1)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
+        dist.init_process_group("gloo", rank=rank, world_size=workers)
+    COMMANDS[args.command](args, rank, device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--folder", type=Path, default=Path("demo/training"), help="checkpoints and cache")
+    parser.add_argument("--minutes", type=float, default=60, help="wall-clock time of this run")
+    parser.add_argument("--clips", type=int, default=5120)
+    parser.add_argument("--batch", type=int, default=4, help="clips a worker and step")
+    parser.add_argument("--lr", type=float, default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=None, help="default: one a core, one on a GPU, one to export")
+    parser.add_argument("--port", type=int, default=29511)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("rewind_demo_svd.safetensors"))
+    args = parser.parse_args(argv)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    single = torch.cuda.is_available() or args.command == "export"
+    workers = args.workers or (1 if single else os.cpu_count() or 1)
+    if workers > 1:
+        torch.multiprocessing.spawn(_worker, (workers, args), nprocs=workers)
+    else:
+        _worker(0, 1, args)
+
+
+if __name__ == "__main__":
+    main()
