@@ -1,0 +1,1 @@
+"""How well an edit went: measures against a known answer, and bounds on their means."""
