@@ -100,6 +100,7 @@ def main() -> int:
     ]
     total = pytest(BIN / "pytest", "tests", "--ignore=tests/host", "--ignore=tests/browser", *selection)
     lines = ["style: " + ("FAILED" if any(style) else "ok"), f"without a host: {total}"]
+    on_hosts = Count()
     for host in hosts():
         if (host / "main.py").is_file():
             count = pytest(host_venv(host) / "bin" / "pytest", "tests/host", *selection, host=host)
@@ -107,7 +108,9 @@ def main() -> int:
         else:
             count = pytest(BIN / "pytest", "tests/host", "-rN", *selection)
             lines.append(f"HOST TESTS SKIPPED: no ComfyUI at {host} ({count.skipped} tests)")
-        total += count
+        on_hosts += count
+    lines.append(f"host tests: {on_hosts.passed + on_hosts.failed} ran, {on_hosts.skipped} skipped")
+    total += on_hosts
 
     print("\n" + "\n".join(lines))
     print(f"{total.passed} passed, {total.failed} failed, {total.skipped} skipped")
