@@ -102,7 +102,8 @@ def flow_error(clip: Tensor, flow: Tensor, mask: Tensor | None = None) -> float:
     """Mean end-point error, in pixels, of the flow estimated on a clip against the known one.
 
     clip: [T, 3, H, W]. flow: [T - 1, 2, H, W], the known forward flow. mask: [T, H, W]; the masks of the first T - 1
-    frames say which pixels count. NaN where they are empty. Raises ValueError for unequal shapes, ImportError without OpenCV.
+    frames say which pixels count. NaN where they are empty. Raises ValueError for unequal shapes, ImportError without
+    OpenCV.
     """
     if flow.shape != (clip.shape[0] - 1, 2, *clip.shape[2:]):
         raise ValueError(
