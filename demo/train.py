@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 # colour linear and leaves the fourth for detail. Affine, so that the latents have about unit variance in model space.
 PICTURE_MEAN, PICTURE_STD = -0.10, 0.26
 LATENT_NOISE = 0.10  # added before decoding in training: the decoder then forgives a sampler's small errors
-P_MEAN, P_STD = 0.5, 1.7  # ln sigma of the UNet's training noise
+P_MEAN, P_STD = 0.3, 1.5  # ln sigma of the UNet's training noise, normal ...
+WIDE = 0.15  # ... but for this share, which is uniform over the whole of SVD's range: samplers start at 700
 OBJECT_WEIGHT = 4.0  # extra weight of the loss on the moving object
 
 
@@ -252,7 +253,9 @@ def unet_loss(unet, image_encoder, batch: dict[str, Tensor], generator: torch.Ge
         return torch.rand(*shape, generator=generator).to(device)
 
     quantile = (torch.arange(n, device=device) + rand(n)) / n  # stratified over the batch
-    sigma = torch.exp(P_MEAN + P_STD * math.sqrt(2) * torch.erfinv(2 * quantile.clamp(1e-4, 1 - 1e-4) - 1))
+    narrow = P_MEAN + P_STD * math.sqrt(2) * torch.erfinv(2 * quantile.clamp(1e-4, 1 - 1e-4) - 1)
+    wide = math.log(0.002) + (math.log(700) - math.log(0.002)) * quantile
+    sigma = torch.where(rand(n) < WIDE, wide, narrow).exp()
     s = sigma[:, None, None, None, None]
     x = z + s * torch.randn(z.shape, generator=generator).to(device)
     c_skip, c_out, c_in = 1 / (s**2 + 1), -s / torch.sqrt(s**2 + 1), 1 / torch.sqrt(s**2 + 1)
