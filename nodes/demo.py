@@ -1,0 +1,98 @@
+"""The embedded model and the embedded clip: everything runs with no download."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from comfy_api.latest import InputImpl, Types, io
+
+from ..demo.world import EDITS, edit, edited_region, render, sample
+from ..pipelines.videoshop.settings import DEFAULT
+from .host.models import load_demo_models
+from .host.schema import Schema
+
+CATEGORY = "Rewind/Demo"
+
+
+class DemoImageToVideo(io.ComfyNode):
+    """The embedded tiny Stable Video Diffusion."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="RewindDemoImageToVideo",
+            display_name="Rewind Demo Models (image to video)",
+            category=CATEGORY,
+            description="A tiny Stable Video Diffusion that comes with Rewind: the real architecture, trained on the "
+            "world of Rewind Demo Clip. It knows nothing else, but runs in seconds without a graphics card: 8 frames "
+            "of 96 x 96. Replace it with Image Only Checkpoint Loader for real clips.",
+            search_aliases=["SVD", "tiny model", "example model"],
+            inputs=[],
+            outputs=[
+                io.Model.Output("model", tooltip="The image-to-video MODEL."),
+                io.ClipVision.Output("clip_vision", tooltip="Its image encoder."),
+                io.Vae.Output("vae", tooltip="Its VAE, with a temporal decoder."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*load_demo_models())
+
+
+class DemoClip(io.ComfyNode):
+    """A clip of the synthetic world with an edit whose true result is known."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="RewindDemoClip",
+            display_name="Rewind Demo Clip",
+            category=CATEGORY,
+            description="A short clip of a moving shape and an edit of it, from the world of the demo models. "
+            "Because the clip is drawn from known parameters, the TRUE edited clip is known exactly, to compare a "
+            "result with.",
+            search_aliases=["example clip", "synthetic video", "test video"],
+            inputs=[
+                io.Combo.Input(
+                    "edit",
+                    options=list(EDITS),
+                    default="recolour",
+                    tooltip="What is changed in the first frame: the object's colour, shape or size, a band added to "
+                    "it, the object removed, or the background. recolour shows best whether an edit reaches the last "
+                    "frame.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=7,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    tooltip="Draws the clip, its motion and its edit. Each value is another clip; the motion turns "
+                    "and changes its speed in a way that the first frame does not tell.",
+                ),
+            ],
+            outputs=[
+                io.Video.Output("clip", tooltip="The source clip: 8 frames of 96 x 96."),
+                io.Image.Output("edited_frame", tooltip="The first frame after the edit: what you would paint."),
+                io.Image.Output(
+                    "true_edit", tooltip="Every frame of the truly edited clip, to compare with; not an input."
+                ),
+                io.Mask.Output("mask", tooltip="Where the edit may show, frame by frame."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, edit: str, seed: int) -> io.NodeOutput:
+        source, target, region = demo_clip(edit, seed)
+        video = InputImpl.VideoFromComponents(Types.VideoComponents(images=source, frame_rate=Fraction(DEFAULT.fps)))
+        return io.NodeOutput(video, target[:1], target, region)
+
+
+def demo_clip(kind: str, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The source clip and its true edit, [T, H, W, 3] in 0..1, and where the edit may show, [T, H, W]."""
+    generator = torch.Generator().manual_seed(seed)
+    scene = sample(1, generator, motion="unpredictable", editable=True)
+    (source, source_mask), (target, target_mask) = render(scene), render(edit(scene, kind, generator))
+    region = edited_region(source_mask, target_mask, kind)
+    return source[0].movedim(1, -1).contiguous(), target[0].movedim(1, -1).contiguous(), region[0]

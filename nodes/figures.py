@@ -1,0 +1,110 @@
+"""Pictures that the checks give out: rows of frames with captions, curves, a matrix. Drawn with Pillow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+WHITE, INK, FAINT = (255, 255, 255), (40, 40, 40), (215, 215, 215)
+COLOURS = ((31, 119, 180), (214, 90, 20), (44, 140, 60))
+FONT_SIZE, LINE, MARGIN = 13, 18, 8
+CELL = 160  # widest picture of a frame, pixels
+MOST_FRAMES = 8
+
+Canvas = tuple[Image.Image, ImageDraw.ImageDraw]
+
+
+def _canvas(width: int, height: int) -> Canvas:
+    picture = Image.new("RGB", (width, height), WHITE)
+    return picture, ImageDraw.Draw(picture)
+
+
+def _write(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, colour: tuple[int, int, int] = INK) -> None:
+    draw.text((x, y), text, fill=colour, font=ImageFont.load_default(FONT_SIZE))
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """A picture as the host's IMAGE, [1, H, W, 3] in 0..1."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+
+
+def _to_picture(frame: Tensor) -> Image.Image:
+    return Image.fromarray((frame.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+
+
+def contact_sheet(rows: Sequence[tuple[str, Tensor, Sequence[str]]]) -> Image.Image:
+    """Rows of (title, frames [T, H, W, 3] in 0..1, a caption a frame); at most MOST_FRAMES, spread over the clip."""
+    count, height, width = rows[0][1].shape[:3]
+    shown = [round(i) for i in np.linspace(0, count - 1, min(count, MOST_FRAMES))]
+    scale = CELL / max(width, CELL // 2)
+    cell_width, cell_height = round(width * scale), max(1, round(height * scale))
+    step = cell_width + MARGIN
+    row_height = 2 * LINE + cell_height + MARGIN
+    picture, draw = _canvas(MARGIN + step * len(shown), MARGIN + row_height * len(rows))
+    for row, (title, frames, captions) in enumerate(rows):
+        top = MARGIN + row * row_height
+        _write(draw, MARGIN, top, title)
+        for column, frame in enumerate(shown):
+            left = MARGIN + column * step
+            cell = _to_picture(frames[frame]).resize((cell_width, cell_height), Image.Resampling.BILINEAR)
+            picture.paste(cell, (left, top + LINE))
+            _write(draw, left, top + LINE + cell_height, captions[frame])
+    return picture
+
+
+def curves(
+    title: str, axis: str, lines: Sequence[tuple[str, Tensor]], width: int = 480, height: int = 300
+) -> Image.Image:
+    """Curves over whole numbers with a legend: (name, values [n])."""
+    picture, draw = _canvas(width, height)
+    left, top, right, bottom = 52, 2 * LINE + MARGIN, width - MARGIN, height - 2 * LINE - MARGIN
+    everything = torch.cat([values.double() for _, values in lines])
+    low, high = min(0.0, float(everything.min())), max(1.0, float(everything.max()))
+    _write(draw, left, MARGIN // 2, title)
+    for mark in np.linspace(low, high, 5):
+        y = bottom - (mark - low) / (high - low) * (bottom - top)
+        draw.line((left, y, right, y), fill=FAINT)
+        _write(draw, MARGIN, y - LINE / 2, f"{mark:.2f}")
+    count = max(len(values) for _, values in lines)
+    across = (right - left - 2 * MARGIN) / max(1, count - 1)
+    for i in range(0, count, max(1, count // 10)):
+        _write(draw, left + MARGIN + i * across - 4, bottom + 2, str(i + 1))
+    _write(draw, left, height - LINE - 2, axis)
+    for number, (name, values) in enumerate(lines):
+        colour = COLOURS[number % len(COLOURS)]
+        points = [
+            (left + MARGIN + i * across, bottom - (float(v) - low) / (high - low) * (bottom - top))
+            for i, v in enumerate(values)
+        ]
+        if len(points) > 1:
+            draw.line(points, fill=colour, width=2)
+        for x, y in points:
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
+        _write(draw, left + number * (right - left) / len(lines), LINE + MARGIN // 2, name, colour)
+    return picture
+
+
+def matrix(title: str, axis: str, values: Tensor, size: int = 300) -> Image.Image:
+    """A square matrix of values from -1 (blue) over 0 (white) to 1 (red)."""
+    picture, draw = _canvas(size, size)
+    side = size - 3 * LINE
+    v = values.clamp(-1, 1).float()
+    colour = torch.stack([1 + v.clamp(max=0), 1 - v.abs(), 1 - v.clamp(min=0)], -1)
+    picture.paste(_to_picture(colour.flip(0)).resize((side, side), Image.Resampling.NEAREST), (MARGIN, int(1.5 * LINE)))
+    _write(draw, MARGIN, MARGIN // 2, title)
+    _write(draw, MARGIN, size - LINE - 2, axis)
+    return picture
+
+
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one height next to each other."""
+    picture, _ = _canvas(sum(p.width for p in pictures), max(p.height for p in pictures))
+    left = 0
+    for part in pictures:
+        picture.paste(part, (left, 0))
+        left += part.width
+    return picture

@@ -1,0 +1,157 @@
+"""The embedded image-to-video model in the host's own classes.
+
+The host tells models apart by the sizes of the released ones, so the tiny model is built here by hand: its UNet from a
+configuration of the host's SVD class, its VAE from the host's encoder and temporal decoder, its image encoder from the
+host's CLIP vision class. All in float32, whatever the device: the model is tiny, and its answers are known ones.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_vision
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
+from torch import Tensor
+
+from ...demo.keys import split_checkpoint
+from ...demo.models import WEIGHTS, ImageToVideoConfig
+
+Weights = dict[str, Tensor]
+
+
+def load_demo_models(path: Path = WEIGHTS, config: ImageToVideoConfig = ImageToVideoConfig()) -> tuple[Any, Any, Any]:
+    """The embedded model as (MODEL, CLIP_VISION, VAE); FileNotFoundError where the weights are missing."""
+    parts = _read(path)
+    vae, image_encoder = build_vae(parts["vae"], config), build_clip_vision(parts["image_encoder"], config)
+    return load_demo_unet(path, config), image_encoder, vae
+
+
+def load_demo_unet(path: Path, config: ImageToVideoConfig, disable_dynamic: bool = False) -> Any:
+    """The MODEL alone. The host calls this too, to make a copy of its own (training, several GPUs, weight hooks).
+
+    disable_dynamic is what the host passes for a copy without its dynamic memory; this one never has it.
+    """
+    patcher = build_model(_read(path)["unet"], config)
+    patcher.cached_patcher_init = (load_demo_unet, (path, config))
+    return patcher
+
+
+def _read(path: Path) -> dict[str, Weights]:
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}: reinstall Rewind, or train them as demo/README.md says")
+    weights = comfy.utils.load_torch_file(str(path), safe_load=True)
+    return split_checkpoint({name: tensor.float() for name, tensor in weights.items()})
+
+
+def unet_settings(config: ImageToVideoConfig) -> dict[str, Any]:
+    """What the host's detection would say of the UNet."""
+    widths = config.unet_channels
+    levels = len(widths)
+    return {
+        "image_size": 32,
+        "in_channels": 8,
+        "out_channels": 4,
+        "model_channels": widths[0],
+        "num_res_blocks": [1] * levels,
+        "channel_mult": [width // widths[0] for width in widths],
+        "transformer_depth": [1] * levels,
+        "transformer_depth_output": [1] * (2 * levels),
+        "transformer_depth_middle": 1,
+        "use_linear_in_transformer": True,
+        "context_dim": config.context,
+        "num_classes": "sequential",
+        "adm_in_channels": 768,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "extra_ff_mix_layer": True,
+        "use_spatial_context": True,
+        "merge_strategy": "learned_with_images",
+        "merge_factor": 0.0,
+        "video_kernel_size": [3, 1, 1],
+        "use_temporal_resblock": True,
+        "use_temporal_attention": True,
+        "disable_temporal_crossattention": False,
+        "dtype": torch.float32,
+    }
+
+
+def build_model(weights: Weights, config: ImageToVideoConfig) -> Any:
+    """A MODEL of the host's SVD class from the UNet's weights in the checkpoint's names."""
+
+    class TinySVD(comfy.supported_models.SVD_img2vid):
+        unet_extra_config = {
+            "num_heads": -1,
+            "num_head_channels": config.head_channels,
+            "attn_precision": torch.float32,
+        }
+
+    settings = TinySVD(unet_settings(config))
+    settings.set_inference_dtype(torch.float32, None)
+    model = settings.get_model({}, "", device=comfy.model_management.unet_offload_device())
+    model.diffusion_model.load_state_dict(weights)
+    return comfy.model_patcher.ModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def build_vae(weights: Weights, config: ImageToVideoConfig) -> Any:
+    """A VAE of the host from the weights in the checkpoint's names.
+
+    The host builds SVD's VAE at SVD's own widths only; so its VAE object is made around a small stand-in of the same
+    kind, and the network inside is replaced by the host's encoder and temporal decoder at ours.
+    """
+    widths = config.vae_channels
+    encoder = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": config.size,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    network = AutoencodingEngine(
+        regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
+        encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": encoder},
+        decoder_config={
+            "target": "comfy.ldm.modules.temporal_ae.VideoDecoder",
+            "params": {**encoder, "video_kernel_size": [3, 1, 1], "alpha": 0.0},
+        },
+    )
+    network.load_state_dict(weights)
+    stand_in = {"embed_dim": 4, "ddconfig": {**encoder, "ch": 32, "ch_mult": [1, 1, 1, 1]}}
+    vae = comfy.sd.VAE(sd=AutoencoderKL(**stand_in).state_dict(), config={"params": stand_in}, dtype=torch.float32)
+    vae.first_stage_model = network.eval().to(vae.vae_dtype)
+    vae.patcher = comfy.model_patcher.ModelPatcher(
+        vae.first_stage_model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
+    )
+    vae.size = comfy.model_management.module_size(vae.first_stage_model)
+    return vae
+
+
+def build_clip_vision(weights: Weights, config: ImageToVideoConfig) -> Any:
+    """A CLIP_VISION of the host from transformers' weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "clip_vision.json"  # older hosts take a path only
+        file.write_text(json.dumps(config.clip_vision()), encoding="utf-8")
+        clip_vision = comfy.clip_vision.ClipVisionModel(str(file))
+    missing, unknown = clip_vision.load_sd({name: tensor.clone() for name, tensor in weights.items()})
+    if missing or unknown:
+        raise ValueError(
+            f"the image encoder's weights do not fit the host: missing {missing[:3]}, unknown {unknown[:3]}"
+        )
+    return clip_vision

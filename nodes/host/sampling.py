@@ -1,0 +1,311 @@
+"""One adapter between the host's sampling and the samplers of `pipelines`, and the checks that come before it.
+
+The host's CFGGuider loads the model, prepares the conditions, scales the latent to the model's space and back, and
+calls `sample` of a `comfy.samplers.Sampler`; LoRA, ControlNet, context windows, previews and Cancel all hang on that.
+So every sampling of this pack goes through `sample` below, and every method through `DirectSampler`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.model_base
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...pipelines.denoiser import EDM, EPS, FLOW, NoisePath
+from ...pipelines.videoshop.denoising import frame_guidance, guided, sample_euler
+from ...pipelines.videoshop.inversion import Inversion, sample_edm_inversion
+
+logger = logging.getLogger(__name__)
+
+Step = dict[str, Any]  # what a sampler of `pipelines` tells after each step
+
+
+def noise_path(model_sampling: torch.nn.Module) -> NoisePath:
+    """How the model mixes signal and noise, from the class of its `model_sampling`; ValueError for unknown kinds."""
+    classes = comfy.model_sampling
+    refused = [getattr(classes, name, ()) for name in ("X0", "IMG_TO_IMG_FLOW", "V_PREDICTION_DDPM")]
+    if any(isinstance(model_sampling, kind) for kind in refused):
+        name = next(c.__name__ for c in type(model_sampling).__mro__ if c.__module__ == classes.__name__)
+        raise ValueError(
+            f"this model samples as {name}, which cannot be inverted yet (CogVideoX and image-to-image models); use a "
+            "model of another family, such as Stable Video Diffusion, Stable Diffusion, Wan, LTXV or Hunyuan Video"
+        )
+    if isinstance(model_sampling, classes.CONST):
+        return FLOW
+    if isinstance(model_sampling, classes.V_PREDICTION):  # and EDM, which differs in the sign of F alone
+        return EDM(float(model_sampling.sigma_data))
+    return EPS
+
+
+class DirectSampler(comfy.samplers.Sampler):
+    """A SAMPLER that runs a function of `pipelines` from the latent as it is.
+
+    The host's KSAMPLER scales noise onto the latent, pastes back what a mask protects and, for flow models, divides by
+    1 - sigma at the end: on the way to an inverted latent and back all three are wrong.
+
+    function: (denoiser, x, sigmas, noise, path, extra_args, callback) -> x, in model space, sigmas descending.
+    on_step gets each step's dict.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], on_step: Callable[[Step], None] | None = None):
+        self.function = function
+        self.on_step = on_step
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Callable | None,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        if denoise_mask is not None:
+            logger.warning("the noise_mask in the LATENT is not applied: the whole clip is inverted")
+        model_sampling = model_wrap.inner_model.model_sampling
+        options = extra_args.get("model_options", {})
+        # At guidance 1 the host leaves out the negative side, and a guidance function such as VideoLinearCFGGuidance's
+        # would mix its zeros in.
+        if math.isclose(getattr(model_wrap, "cfg", 0.0), 1.0) and not options.get("disable_cfg1_optimization", False):
+            options.pop("sampler_cfg_function", None)
+
+        def denoiser(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+            # The progress bar asks too, but not at every call.
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            return model_wrap(x, sigma, **kwargs)
+
+        def report(step: Step) -> None:
+            if self.on_step is not None:
+                self.on_step(step)
+            if callback is not None:
+                callback(step["i"], step["denoised"], step["x"], len(sigmas) - 1)
+
+        return self.function(
+            denoiser,
+            latent_image,
+            schedule(sigmas, model_sampling),
+            noise=noise,
+            path=noise_path(model_sampling),
+            extra_args=extra_args,
+            callback=report,
+        )
+
+
+def inversion_sampler(on_step: Callable[[Step], None] | None = None, **options: Any) -> DirectSampler:
+    """EDM inversion as a SAMPLER; the noise it is given is the random direction. options: see sample_edm_inversion."""
+
+    def invert(denoiser, x, sigmas, *, noise, path, extra_args, callback):
+        if "random" in (options["guess_above"], options["guess_below"]) and not torch.count_nonzero(noise):
+            raise ValueError(
+                'the guess "random" needs a direction: connect RandomNoise instead of DisableNoise, or choose '
+                "another guess"
+            )
+        return sample_edm_inversion(
+            denoiser, x, sigmas.flip(0), extra_args, callback, disable=True, path=path, noise=noise, **options
+        )
+
+    return DirectSampler(invert, on_step)
+
+
+def euler_sampler(finish: Callable[[Tensor], Tensor] | None = None) -> DirectSampler:
+    """The Euler sampler that the inversion inverts, from the latent as it is; `finish` is applied to its result."""
+
+    def denoise(denoiser, x, sigmas, *, noise, path, extra_args, callback):
+        x = sample_euler(denoiser, x, sigmas, extra_args, callback, disable=True)
+        return x if finish is None else finish(x)
+
+    return DirectSampler(denoise)
+
+
+class FrameGuider(comfy.samplers.CFGGuider):
+    """Classifier-free guidance that runs linearly from the first frame to the last, inside an interval of noise levels.
+
+    Where it would change nothing, the negative side is not computed. It replaces a guidance function on the MODEL.
+    """
+
+    def set_guidance(self, first: float, last: float, interval: tuple[float, float] = (0.0, math.inf)) -> None:
+        self.first, self.last, self.interval = first, last, interval
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict = {}, seed: int | None = None) -> Tensor:  # noqa: B006
+        low, high = self.interval
+        needed = not (self.first == self.last == 1.0) and low <= float(timestep.max()) <= high
+
+        def mix(args: dict[str, Any]) -> Tensor:
+            denoised = args["cond_denoised"]
+            weights = frame_guidance(self.first, self.last, frame_count(denoised)).to(denoised)
+            return args["input"] - guided(denoised, args["uncond_denoised"], weights)
+
+        options = {name: value for name, value in model_options.items() if name != "sampler_cfg_function"}
+        if needed:
+            options |= {"sampler_cfg_function": mix, "disable_cfg1_optimization": True}
+        negative, positive = self.conds["negative"], self.conds["positive"]
+        scale = max(self.first, self.last) if needed else 1.0
+        return comfy.samplers.sampling_function(
+            self.inner_model,
+            x,
+            timestep,
+            negative if needed else None,
+            positive,
+            scale,
+            model_options=options,
+            seed=seed,
+        )
+
+
+class InvertedNoise:
+    """A NOISE with which the host's own samplers start exactly at an inverted latent, whatever the model's family.
+
+    From an empty latent the host makes x = k noise, where k depends on the family and the first sigma; so the noise is
+    x / k.
+    """
+
+    def __init__(self, state: Tensor, model_sampling: torch.nn.Module, sigmas: Tensor, seed: int):
+        wrap = SimpleNamespace(inner_model=SimpleNamespace(model_sampling=model_sampling))
+        full = comfy.samplers.Sampler().max_denoise(wrap, sigmas)
+        one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+        self.seed = seed
+        self.noise = state.float().cpu() / float(
+            model_sampling.noise_scaling(sigmas[:1].float().cpu(), one, zero, full)
+        )
+
+    def generate_noise(self, latent: dict[str, Any]) -> Tensor:
+        given, wanted = tuple(latent["samples"].shape), tuple(self.noise.shape)
+        if given != wanted:
+            raise ValueError(
+                f"the latent has shape {given}, the inverted clip {wanted}: connect an empty latent of that size"
+            )
+        if torch.count_nonzero(latent["samples"]):
+            raise ValueError(
+                "this NOISE already holds the whole inverted clip: connect an empty latent (EmptyLatentImage with one "
+                "image a frame, or the empty video latent of the model's family)"
+            )
+        return self.noise.clone()
+
+
+def frame_count(x: Tensor) -> int:
+    """Frames of a clip in latent space: the batch of a 4-D latent [T, C, h, w], the third axis of [B, C, T, h, w]."""
+    return x.shape[0] if x.ndim == 4 else x.shape[2]
+
+
+def random_direction(samples: Tensor, seed: int) -> Tensor:
+    """Gaussian noise like the latent, from a generator of its own: the host's would seed everything else too."""
+    return torch.randn(samples.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+def sample(
+    guider: comfy.samplers.CFGGuider, sampler: DirectSampler, sigmas: Tensor, samples: Tensor, noise: Tensor, seed: int
+) -> Tensor:
+    """Sample through the host's guider, with its previews and progress. samples and result are in the VAE's space."""
+    callback = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
+    disable = not comfy.utils.PROGRESS_BAR_ENABLED
+    result = guider.sample(noise, samples, sampler, sigmas, callback=callback, disable_pbar=disable, seed=seed)
+    return result.to(comfy.model_management.intermediate_device())
+
+
+def guider(model: Any, positive: list, negative: list | None = None, cfg: float = 1.0) -> comfy.samplers.CFGGuider:
+    """The host's guider with its conditions set; without a negative one it is never guided."""
+    made = comfy.samplers.CFGGuider(model)
+    made.inner_set_conds({"positive": positive} if negative is None else {"positive": positive, "negative": negative})
+    made.set_cfg(cfg)
+    return made
+
+
+def state_of(model: Any, inversion: Inversion) -> Tensor:
+    """The inverted latent in the VAE's space, as the guider takes it; ValueError for another kind of model."""
+    latent_format = model.get_model_object("latent_format")
+    dimensions, channels = latent_format.latent_dimensions + 2, latent_format.latent_channels
+    if inversion.latent.ndim != dimensions or inversion.latent.shape[1] != channels:
+        raise ValueError(
+            f"the inversion holds a latent of shape {tuple(inversion.latent.shape)}, this model takes {channels} "
+            f"channels in {dimensions} axes: connect the MODEL that made the inversion"
+        )
+    schedule(inversion.sigmas, model.get_model_object("model_sampling"))
+    return model.model.process_latent_out(inversion.latent.float())
+
+
+def schedule(sigmas: Tensor, model_sampling: torch.nn.Module) -> Tensor:
+    """The SIGMAS in descending order, ending in 0; ValueError where they do not fit the model or cannot be inverted."""
+    if sigmas.ndim != 1 or len(sigmas) < 2:
+        raise ValueError(f"got SIGMAS of shape {tuple(sigmas.shape)}: connect a scheduler with at least 1 step")
+    if not torch.isfinite(sigmas).all():
+        raise ValueError("the SIGMAS hold NaN or infinite values")
+    if sigmas[0] < sigmas[-1]:
+        sigmas = sigmas.flip(0)
+    if not (sigmas.diff() < 0).all():
+        raise ValueError("the SIGMAS do not fall from step to step: connect a scheduler's output as it is")
+    if sigmas[-1] != 0:
+        raise ValueError(
+            f"the SIGMAS end at {float(sigmas[-1]):g}; an inversion starts from the clean clip, so they must end in 0: "
+            "connect a scheduler's output as it is, without FlipSigmas or the upper part of SplitSigmas"
+        )
+    highest, limit = float(sigmas[0]), float(model_sampling.sigma_max)
+    if highest > 1.01 * limit:
+        raise ValueError(
+            f"the SIGMAS go up to {highest:g}, but this model's noise levels end at {limit:g}: connect a scheduler "
+            "that is connected to the same MODEL (BasicScheduler), or set its sigma_max"
+        )
+    return sigmas
+
+
+def check_latent(model: Any, latent: dict[str, Any]) -> Tensor:
+    """The samples of a LATENT in the shape that the model takes; ValueError for what cannot be a clip of this model."""
+    samples = latent["samples"]
+    if getattr(samples, "is_nested", False):
+        raise ValueError(
+            "this LATENT holds several latents (video with audio): only plain video latents can be inverted"
+        )
+    if samples.numel() == 0:
+        raise ValueError(f"got a LATENT of shape {tuple(samples.shape)}: it holds no frames")
+    samples = comfy.sample.fix_empty_latent_channels(model, samples)
+    latent_format = model.get_model_object("latent_format")
+    dimensions, channels = latent_format.latent_dimensions + 2, latent_format.latent_channels
+    if samples.ndim != dimensions or samples.shape[1] != channels:
+        raise ValueError(
+            f"got a LATENT of shape {tuple(samples.shape)}; this model takes {channels} channels in {dimensions} axes: "
+            "encode the clip with the VAE that belongs to the MODEL"
+        )
+    if not torch.isfinite(samples).all():
+        raise ValueError("the LATENT holds NaN or infinite values: the VAE may need --fp32-vae, or the clip is damaged")
+    if not torch.count_nonzero(samples):
+        raise ValueError("the LATENT is empty (all zeros): connect the VAE-encoded clip")
+    if is_svd(model) and samples.shape[0] < 2:
+        raise ValueError(
+            "got 1 frame; Stable Video Diffusion needs a clip of at least 2: connect all frames of the clip"
+        )
+    return samples
+
+
+def check_conditioning(conditioning: list, samples: Tensor, name: str) -> None:
+    """ValueError where an SVD condition is missing, of another size than the latent, or not finite."""
+    if not conditioning:
+        raise ValueError(f"{name} is empty: connect a CONDITIONING")
+    for embedding, extra in conditioning:
+        image = extra.get("concat_latent_image")
+        for tensor in (embedding, image):
+            if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} holds NaN or infinite values")
+        if image is not None and samples.ndim == 4 and image.shape[-2:] != samples.shape[-2:]:
+            (h, w), (height, width) = image.shape[-2:], samples.shape[-2:]
+            raise ValueError(
+                f"{name} was made for {8 * w} x {8 * h} pixels, the clip is {8 * width} x {8 * height}: "
+                "use the same width and height for both"
+            )
+
+
+def is_svd(model: Any) -> bool:
+    """Whether a MODEL is Stable Video Diffusion or of its kind."""
+    return isinstance(model.model, comfy.model_base.SVD_img2vid)

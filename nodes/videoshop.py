@@ -1,0 +1,349 @@
+"""The nodes of Videoshop (arXiv 2403.14617): an edited first frame carried through a clip, without training."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..pipelines.denoiser import truncate_sigmas
+from ..pipelines.videoshop.inversion import GUESSES, Inversion
+from ..pipelines.videoshop.settings import DEFAULT
+from .host import sampling
+from .host.schema import ADVANCED, InversionType, Schema
+from .preparation import CATEGORY, NORMALISATION
+
+logger = logging.getLogger(__name__)
+
+
+def _guess_inputs() -> list[io.Input]:
+    """The inputs that say how a step of the inversion guesses, the same for the node and the SAMPLER."""
+    return [
+        io.Combo.Input(
+            "guess_above",
+            options=list(GUESSES),
+            default=DEFAULT.guess_above,
+            tooltip='What the network is shown above the threshold. "extrapolation" carries the noise found so far '
+            'on (the paper), "last_direction" carries the last step on (returns a clip best), "random" shows '
+            'fresh noise, "current" shows the lower level itself (naive inversion).',
+        ),
+        io.Combo.Input(
+            "guess_below",
+            options=list(GUESSES),
+            default=DEFAULT.guess_below,
+            tooltip='The same below the threshold, where little noise has been found yet. "random" is the paper\'s '
+            "choice.",
+        ),
+        io.Float.Input(
+            "threshold",
+            default=DEFAULT.threshold,
+            min=0.0,
+            max=1000.0,
+            step=0.01,
+            tooltip="Noise-to-signal ratio at which the second guess hands over to the first. Raise it to use "
+            "guess_below longer, lower it to use guess_above earlier; 1 (as much noise as signal) is the paper's.",
+        ),
+        io.Int.Input(
+            "refine",
+            default=DEFAULT.refine,
+            min=0,
+            max=50,
+            tooltip="Most repetitions of a step with its own result as the guess. Higher returns the clip more "
+            "exactly and costs one network call each, fewer where it converges early; 0 is the paper's single call.",
+        ),
+    ]
+
+
+def _damping_input() -> io.Input:
+    return io.Float.Input(
+        "damping",
+        default=DEFAULT.damping,
+        min=0.0,
+        max=0.95,
+        step=0.05,
+        optional=True,
+        extra_dict=ADVANCED,
+        tooltip="Share of the old value that a repetition (refine) keeps. Higher is steadier and slower, 0 moves all "
+        "the way and may swing to and fro at medium noise; 0.5 converged on every model tried.",
+    )
+
+
+class EDMInversion(io.ComfyNode):
+    """A clip back to the noise that would make it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="RewindEDMInversion",
+            display_name="EDM Inversion with Noise Extrapolation",
+            category=CATEGORY,
+            description="Rewinds a clip to the noise from which the model would make it again (Videoshop). Works on "
+            "every native model that samples by noise levels or flow: Stable Video Diffusion, Stable Diffusion, Wan, "
+            "LTXV, Hunyuan Video and others. LoRA, ControlNet and context windows on the MODEL apply. A noise_mask "
+            "in the LATENT does not: the whole clip is inverted.",
+            search_aliases=["unsample", "unsampler", "DDIM inversion", "noise inversion", "invert"],
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL that will also play the clip again."),
+                io.Conditioning.Input("positive", tooltip="What the SOURCE clip shows; for SVD source_positive."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="The VAE-encoded source clip, best through Latent Normalize. Its noise_mask is ignored.",
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip="Noise levels as a scheduler gives them, falling to 0 (never through FlipSigmas); for "
+                    "SVD BasicScheduler with karras. More steps return the clip more exactly and take longer; 25 is "
+                    "the paper's.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=DEFAULT.strength,
+                    min=0.05,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the steps to rewind. Lower keeps more of the source and takes fewer steps, "
+                    "higher lets the edit change more.",
+                ),
+                *_guess_inputs(),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip='Draws the random direction of the guess "random"; another seed is another variant of '
+                    "the result.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Needed only with cfg above 1.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=1.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="Guidance during the inversion. Above 1 each step costs twice as much and returns the clip "
+                    "less exactly; 1 is the paper's.",
+                ),
+                _damping_input(),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "latent",
+                    tooltip="The inverted clip, at the first of the SIGMAS. A sampler with DisableNoise takes it for "
+                    "SVD and Stable Diffusion; on every family the NOISE does.",
+                ),
+                io.Sigmas.Output(
+                    "sigmas", tooltip="The noise levels to come back on. Other ones do not return the clip."
+                ),
+                io.Noise.Output(
+                    "noise",
+                    tooltip="Starts SamplerCustomAdvanced exactly at the inverted clip, for every family of models. "
+                    "Connect an EMPTY latent of the clip's size beside it, and the euler sampler.",
+                ),
+                InversionType.Output("inversion", tooltip="All of it in one: connect to SVD Denoise and the checks."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: list,
+        latent: dict[str, Any],
+        sigmas: Tensor,
+        strength: float,
+        guess_above: str,
+        guess_below: str,
+        threshold: float,
+        refine: int,
+        seed: int,
+        negative: list | None = None,
+        cfg: float = 1.0,
+        damping: float = DEFAULT.damping,
+    ) -> io.NodeOutput:
+        samples = sampling.check_latent(model, latent)
+        model_sampling = model.get_model_object("model_sampling")
+        path = sampling.noise_path(model_sampling)
+        sigmas = truncate_sigmas(sampling.schedule(sigmas, model_sampling), strength)
+        sampling.check_conditioning(positive, samples, "positive")
+        if cfg > 1 and negative is None:
+            raise ValueError(f"cfg is {cfg:g} but negative is not connected: connect it, or set cfg to 1")
+        if "noise_mask" in latent:
+            logger.warning("EDM Inversion: the noise_mask in the LATENT is not applied, the whole clip is inverted")
+
+        options = {
+            "guess_above": guess_above,
+            "guess_below": guess_below,
+            "threshold": threshold,
+            "refine": refine,
+            "damping": damping,
+        }
+        steps: list[dict[str, Any]] = []
+        sampler = sampling.inversion_sampler(
+            lambda step: steps.append({**step, "x": step["x"].detach().float().cpu(), "denoised": None}), **options
+        )
+        guider = sampling.guider(model, positive, negative, cfg)
+        noise = sampling.random_direction(samples, seed)
+        result = sampling.sample(guider, sampler, sigmas, samples, noise, seed)
+
+        clean = model.model.process_latent_in(samples.float().cpu())
+        normalisation = latent.get(NORMALISATION)
+        inversion = Inversion(
+            latent=steps[-1]["x"],
+            sigmas=sigmas.cpu(),
+            normalisation=normalisation,
+            trajectory=torch.stack([clean, *(step["x"] for step in steps)]),
+            residuals=tuple(step["residual"] for step in steps if step["residual"] is not None),
+            evaluations=steps[-1]["evaluations"],
+            settings={**options, "strength": strength, "seed": seed, "cfg": cfg, "path": path},
+            source=clean if normalisation is None else normalisation.undo(clean),
+        )
+        # A mask would make the next sampler paste the inverted clip back; its normalisation is the inversion's now.
+        kept = {name: value for name, value in latent.items() if name not in ("noise_mask", NORMALISATION)}
+        resume = sampling.InvertedNoise(inversion.latent, model_sampling, inversion.sigmas, seed)
+        return io.NodeOutput({**kept, "samples": result}, inversion.sigmas, resume, inversion)
+
+
+class EDMInversionSampler(io.ComfyNode):
+    """The inversion as a SAMPLER for the host's own SamplerCustomAdvanced."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="RewindEDMInversionSampler",
+            display_name="EDM Inversion Sampler",
+            category=CATEGORY,
+            description="The inversion as a SAMPLER for SamplerCustomAdvanced: give it the clip as LATENT, a "
+            "scheduler's SIGMAS as they are, any GUIDER, and RandomNoise, which is the random direction. Its output "
+            "is the clip rewound to the first of the SIGMAS. A noise_mask in the LATENT is not applied.",
+            search_aliases=["unsample", "unsampler", "inversion sampler"],
+            inputs=[*_guess_inputs(), _damping_input()],
+            outputs=[
+                io.Sampler.Output("sampler", tooltip="Connect to SamplerCustomAdvanced; it runs from clean to noise.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        guess_above: str,
+        guess_below: str,
+        threshold: float,
+        refine: int,
+        damping: float = DEFAULT.damping,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            sampling.inversion_sampler(
+                guess_above=guess_above, guess_below=guess_below, threshold=threshold, refine=refine, damping=damping
+            )
+        )
+
+
+class SVDDenoise(io.ComfyNode):
+    """An inverted clip played again with the edited first frame."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="RewindSVDDenoise",
+            display_name="SVD Denoise",
+            category=CATEGORY,
+            description="Plays an inverted clip again with the edited first frame as the condition, by the sampler "
+            "and on the noise levels that belong to the inversion. Guidance runs linearly from the first frame to "
+            "the last; it replaces a guidance function (VideoLinearCFGGuidance) on the MODEL.",
+            search_aliases=["videoshop", "img2vid", "video edit"],
+            inputs=[
+                io.Model.Input("model", tooltip="The Stable Video Diffusion MODEL that made the inversion."),
+                io.Conditioning.Input("positive", tooltip="edited_positive of Videoshop Conditioning."),
+                io.Conditioning.Input("negative", tooltip="edited_negative of Videoshop Conditioning."),
+                InversionType.Input("inversion", tooltip="From EDM Inversion with Noise Extrapolation."),
+                io.Float.Input(
+                    "first_guidance",
+                    default=DEFAULT.first_guidance,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance on the first frame. Higher follows the edited frame more firmly, too high "
+                    "gives hard edges and colours; 1 is none and, on both frames, halves the time.",
+                ),
+                io.Float.Input(
+                    "last_guidance",
+                    default=DEFAULT.last_guidance,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance on the last frame, where the edit fades most: raise it if the edit is lost on "
+                    "the way, lower it if the motion is.",
+                ),
+                io.Boolean.Input(
+                    "denormalize",
+                    default=DEFAULT.denormalise,
+                    tooltip="Undoes Latent Normalize at the end. On unless Latent Rescale is to do all of it, as in "
+                    "the paper's released code; without a Latent Normalize it changes nothing.",
+                ),
+                io.Float.Input(
+                    "guidance_from",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="Lowest sigma at which guidance applies. Raised, the last steps go without and cost "
+                    "half; 0 guides to the end.",
+                ),
+                io.Float.Input(
+                    "guidance_to",
+                    default=1000.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="Highest sigma at which guidance applies. Lowered, the first steps go without and cost "
+                    "half; the default is above every noise level.",
+                ),
+            ],
+            outputs=[io.Latent.Output("latent", tooltip="The edited clip: connect to Latent Rescale.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: list,
+        negative: list,
+        inversion: Inversion,
+        first_guidance: float,
+        last_guidance: float,
+        denormalize: bool,
+        guidance_from: float = 0.0,
+        guidance_to: float = 1000.0,
+    ) -> io.NodeOutput:
+        if not sampling.is_svd(model):
+            raise ValueError(
+                f"this MODEL is {type(model.model).__name__}, not Stable Video Diffusion: for other models connect "
+                "the NOISE of the inversion to SamplerCustomAdvanced"
+            )
+        if guidance_from > guidance_to:
+            raise ValueError(f"guidance_from ({guidance_from:g}) is above guidance_to ({guidance_to:g}): swap them")
+        samples = sampling.state_of(model, inversion)
+        sampling.check_conditioning(positive, samples, "positive")
+        sampling.check_conditioning(negative, samples, "negative")
+        guider = sampling.FrameGuider(model)
+        guider.set_conds(positive, negative)
+        guider.set_guidance(first_guidance, last_guidance, (guidance_from, guidance_to))
+        undo = inversion.normalisation.undo if denormalize and inversion.normalisation is not None else None
+        seed = inversion.settings.get("seed", 0)
+        sampler = sampling.euler_sampler(undo)
+        result = sampling.sample(guider, sampler, inversion.sigmas, samples, torch.zeros_like(samples), seed)
+        return io.NodeOutput({"samples": result})

@@ -1,0 +1,158 @@
+"""Tiny models of the host's own classes with random weights, for tests in the host's process.
+
+Every network's last layer is scaled down: a network whose output changes less than its input is one on which the
+inversion's fixed point exists and is found, so that what is left over is an error of the code and not of the model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHAPES = {"svd": (5, 4, 8, 8), "sd15": (2, 4, 8, 8), "wan": (1, 16, 3, 8, 8)}  # of the latents to test with
+LAST_LAYER = 0.15
+
+
+def randomise(module: torch.nn.Module, seed: int, gain: float, last: tuple[torch.nn.Module, ...] = ()) -> None:
+    """Fill a network with seeded weights: matrices of the given gain, norms 1, biases 0; `last` layers scaled down."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim >= 2:
+            values = torch.randn(parameter.shape, generator=generator) * gain / parameter[0].numel() ** 0.5
+        else:
+            values = torch.full(parameter.shape, 1.0 if name.endswith("weight") else 0.0)
+        parameter.data = values
+    for layer in last:
+        layer.weight.data *= LAST_LAYER
+
+
+def _patcher(model: Any) -> Any:
+    import comfy.model_management as management
+    import comfy.model_patcher
+
+    return comfy.model_patcher.ModelPatcher(
+        model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+    )
+
+
+def checkpoint(host: Any, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights of the embedded model in its checkpoint's layout, of diffusers' classes."""
+    models, keys = host.module("demo.models"), host.module("demo.keys")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        parts = {
+            "unet": models.build_unet().state_dict(),
+            "vae": models.build_vae().state_dict(),
+            "image_encoder": models.build_image_encoder().state_dict(),
+        }
+    for name in ("conv_out.weight", "conv_out.bias"):
+        parts["unet"][name] = parts["unet"][name] * LAST_LAYER
+    return {name: tensor.half().float() for name, tensor in keys.to_checkpoint(parts).items()}
+
+
+def ensure_weights(host: Any, pack: Path) -> bool:
+    """Put random weights where the pack looks for the trained ones, where those are missing; whether they are real."""
+    import safetensors.torch
+
+    file = pack / "demo" / "rewind_demo_svd.safetensors"
+    if file.exists():
+        return not file.with_suffix(".random").exists()
+    weights = {name: tensor.half().contiguous() for name, tensor in checkpoint(host).items()}
+    safetensors.torch.save_file(weights, file)
+    file.with_suffix(".random").touch()
+    return False
+
+
+def svd(host: Any) -> Any:
+    """A MODEL of the host's SVD class."""
+    models, keys, config = host.module("nodes.host.models"), host.module("demo.keys"), host.module("demo.models")
+    weights = keys.split_checkpoint(checkpoint(host))["unet"]
+    return models.build_model(weights, config.ImageToVideoConfig())
+
+
+def sd15(host: Any) -> Any:
+    """A MODEL of the host's Stable Diffusion 1.5 class (EPS, discrete levels)."""
+    import comfy.supported_models
+
+    class TinySD15(comfy.supported_models.SD15):
+        unet_extra_config = {"num_heads": 2, "num_head_channels": -1}
+
+    settings = TinySD15(
+        {
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 32,
+            "num_res_blocks": [1, 1],
+            "channel_mult": [1, 2],
+            "transformer_depth": [1, 1],
+            "transformer_depth_output": [1, 1, 1, 1],
+            "transformer_depth_middle": 1,
+            "use_linear_in_transformer": False,
+            "context_dim": 32,
+            "adm_in_channels": None,
+            "use_spatial_transformer": True,
+            "legacy": False,
+            "use_temporal_attention": False,
+            "use_temporal_resblock": False,
+            "dtype": torch.float32,
+        }
+    )
+    settings.set_inference_dtype(torch.float32, None)
+    model = settings.get_model({}, "", device=torch.device("cpu"))
+    randomise(model.diffusion_model, 1, 0.5, (model.diffusion_model.out[2],))
+    return _patcher(model)
+
+
+def wan(host: Any) -> Any:
+    """A MODEL of the host's Wan 2.1 class (rectified flow, 5-D latents)."""
+    import comfy.supported_models
+
+    settings = comfy.supported_models.WAN21_T2V(
+        {
+            "image_model": "wan2.1",
+            "model_type": "t2v",
+            "dim": 128,
+            "ffn_dim": 128,
+            "num_layers": 2,
+            "num_heads": 1,
+            "in_dim": 16,
+            "out_dim": 16,
+            "text_dim": 64,
+            "patch_size": (1, 2, 2),
+            "freq_dim": 256,
+            "window_size": (-1, -1),
+            "qk_norm": True,
+            "cross_attn_norm": True,
+            "eps": 1e-6,
+        }
+    )
+    settings.set_inference_dtype(torch.float32, None)
+    model = settings.get_model({}, "", device=torch.device("cpu"))
+    randomise(model.diffusion_model, 3, 0.3, (model.diffusion_model.head.head,))
+    return _patcher(model)
+
+
+def conditioning(family: str, seed: int = 0) -> list:
+    """A CONDITIONING of random values that the family's tiny model takes."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    if family == "svd":
+        image = torch.randn(1, 4, 8, 8, generator=generator)
+        extra = {"concat_latent_image": image, "fps": 7, "motion_bucket_id": 127, "augmentation_level": 0.02}
+        return [[torch.randn(1, 1, 64, generator=generator), extra]]
+    width = {"sd15": 32, "wan": 64}[family]
+    return [[torch.randn(1, 12, width, generator=generator), {}]]
+
+
+def latent(family: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A LATENT of random values with unit spread in the VAE's own space."""
+    return {"samples": torch.randn(SHAPES[family], generator=torch.Generator().manual_seed(200 + seed))}
+
+
+def sigmas(model: Any, steps: int, scheduler: str) -> torch.Tensor:
+    """SIGMAS as the host's BasicScheduler gives them."""
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
