@@ -68,7 +68,7 @@ def _attention(table: Table, theirs: str, ours: str) -> None:
 
 
 def unet_table(config: ImageToVideoConfig = ImageToVideoConfig()) -> Table:
-    """Names of UNetSpatioTemporalConditionModel -> names under `model.diffusion_model.`; one ResNet and attention a level."""
+    """Names of diffusers' UNet -> names under `model.diffusion_model.`; one ResNet and attention a level."""
     table: Table = {}
     _both(table, "conv_in", "input_blocks.0.0")
     for a, b in (("linear_1", "0"), ("linear_2", "2")):
@@ -77,7 +77,9 @@ def unet_table(config: ImageToVideoConfig = ImageToVideoConfig()) -> Table:
     widths = config.unet_channels
     levels = len(widths)
     for i in range(levels):
-        _resnet(table, f"down_blocks.{i}.resnets.0", f"input_blocks.{1 + 2 * i}.0", i > 0 and widths[i] != widths[i - 1])
+        _resnet(
+            table, f"down_blocks.{i}.resnets.0", f"input_blocks.{1 + 2 * i}.0", i > 0 and widths[i] != widths[i - 1]
+        )
         _attention(table, f"down_blocks.{i}.attentions.0", f"input_blocks.{1 + 2 * i}.1")
         if i < levels - 1:
             _both(table, f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{2 + 2 * i}.0.op")
@@ -157,7 +159,7 @@ def _is_convolution(name: str) -> bool:
 def to_checkpoint(
     parts: dict[str, dict[str, Tensor]], config: ImageToVideoConfig = ImageToVideoConfig()
 ) -> dict[str, Tensor]:
-    """One checkpoint from the state dicts of "unet", "vae" and "image_encoder"; ValueError for weights of another shape."""
+    """One checkpoint from the state dicts "unet", "vae" and "image_encoder"; ValueError for other weights."""
     vae = {name: tensor for name, tensor in parts["vae"].items() if name not in QUANT_CONV}
     unet = _rename(parts["unet"], unet_table(config), "UNet")
     vae = _rename(vae, vae_table(config), "VAE")

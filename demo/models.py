@@ -1,8 +1,8 @@
 """The embedded image-to-video model in diffusers' classes, and where its weights lie.
 
 The architecture is Stable Video Diffusion's own (EDM v-prediction; first-frame latents concatenated; image embedding by
-cross-attention; fps, motion bucket and augmentation level as added ids; temporal ResNets and attention; an 8x VAE with a
-temporal decoder), only smaller. diffusers and transformers are imported when a model is built, not before.
+cross-attention; fps, motion bucket and augmentation level as added ids; temporal ResNets and attention; an 8x VAE
+with a temporal decoder), only smaller. diffusers and transformers are imported when a model is built, not before.
 """
 
 from __future__ import annotations

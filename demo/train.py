@@ -6,8 +6,8 @@
     python -m rewind.demo.train decoder --minutes 20    more of the decoder alone (the latents stay what they are)
     python -m rewind.demo.train export                  the one safetensors file that both faces read
 
-Every command resumes from its own checkpoint in --folder (weights, moving average, optimizer, step) and saves on the way.
-On a CPU it runs one single-threaded worker a core, with the gradients averaged each step; on a GPU one worker.
+Every command resumes from its own checkpoint in --folder (weights, moving average, optimizer, step) and saves on the
+way. On a CPU it runs one single-threaded worker a core, with the gradients averaged each step; on a GPU one worker.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WIDE = 0.15  # ... but for this share, which is uniform over the whole of SVD's 
 OBJECT_WEIGHT = 4.0  # extra weight of the loss on the moving object
 
 
-# --- workers -----------------------------------------------------------------------------------------------------------
+# --- workers ----------------------------------------------------------------------------------------------------------
 
 
 def average_gradients(parameters: list[Tensor]) -> None:
@@ -53,9 +53,11 @@ def average_gradients(parameters: list[Tensor]) -> None:
 
 
 class Trainer:
-    """AdamW with warm-up and cosine decay, gradient clipping, a moving average of the weights, and a resumable checkpoint."""
+    """AdamW with warm-up and cosine decay, gradient clipping, an average of the weights, resumable."""
 
-    def __init__(self, modules: dict[str, torch.nn.Module], path: Path, lr: float, minutes: float, rank: int, average=0.999):
+    def __init__(
+        self, modules: dict[str, torch.nn.Module], path: Path, lr: float, minutes: float, rank: int, average=0.999
+    ):
         self.modules, self.path, self.lr, self.rank, self.average = modules, path, lr, rank, average
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
         fused = self.parameters[0].device.type in ("cpu", "cuda")
@@ -117,11 +119,11 @@ class Trainer:
         partial.replace(self.path)
 
 
-# --- the VAE -----------------------------------------------------------------------------------------------------------
+# --- the VAE ----------------------------------------------------------------------------------------------------------
 
 
 def encode(vae, pixels: Tensor) -> Tensor:
-    """The mean of the posterior in model space (times 0.18215) of pixels [..., 3, H, W] in -1..1: [..., 4, H/8, W/8]."""
+    """The posterior's mean in model space, [..., 4, H/8, W/8], of pixels [..., 3, H, W] in -1..1."""
     moments = vae.encoder(pixels.flatten(0, -4)).float()
     return (moments[:, :4] * SCALING_FACTOR).unflatten(0, pixels.shape[:-3])
 
@@ -134,7 +136,9 @@ def decode(vae, latents: Tensor) -> Tensor:
     return pixels.unflatten(0, (n, frames))
 
 
-def _crops(frames: Tensor, mask: Tensor, scene: W.Scene, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _crops(
+    frames: Tensor, mask: Tensor, scene: W.Scene, size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Square crops around the object, the same for all frames of a clip."""
     centre = scene.position[:, 0] + 48 * (torch.rand(len(scene), 2, generator=generator) - 0.5)
     corner = (centre - size / 2).clamp(0, frames.shape[-1] - size).long().tolist()
@@ -143,7 +147,7 @@ def _crops(frames: Tensor, mask: Tensor, scene: W.Scene, size: int, generator: t
 
 
 def vae_loss(vae, pixels: Tensor, mask: Tensor, train_encoder: bool = True) -> Tensor:
-    """Reconstruction (L1, squared, gradients; the object counts more) and, for the encoder, the shape of the latents."""
+    """Reconstruction (L1, squared, gradients; the object counts more) and the shape of the latents."""
     with torch.set_grad_enabled(train_encoder):
         latents = encode(vae, pixels)
     noisy = latents + LATENT_NOISE * torch.rand(len(pixels), 1, 1, 1, 1).to(pixels) * torch.randn_like(latents)
@@ -195,7 +199,7 @@ def train_vae(args, rank: int, device: torch.device) -> None:
     trainer.save()
 
 
-# --- the UNet ----------------------------------------------------------------------------------------------------------
+# --- the UNet ---------------------------------------------------------------------------------------------------------
 
 
 def clip_pixels(images: Tensor, size: int) -> Tensor:
@@ -245,7 +249,7 @@ def load_cache(folder: Path) -> dict[str, Tensor]:
 
 
 def unet_loss(unet, image_encoder, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-    """EDM's v-prediction loss |F - F_target|^2 with the weight on the object (arXiv 2206.00364, section 5, c_skip form)."""
+    """EDM's loss on the network's output, |F - F_target|^2 (arXiv 2206.00364, equation 8), with weight on the object."""
     z, device = batch["latents"].float(), batch["latents"].device
     n, frames = z.shape[:2]
 
@@ -294,7 +298,7 @@ def train_unet(args, rank: int, device: torch.device) -> None:
     trainer.save()
 
 
-# --- one file ----------------------------------------------------------------------------------------------------------
+# --- one file ---------------------------------------------------------------------------------------------------------
 
 
 def export(args, rank: int, device: torch.device) -> None:

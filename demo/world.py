@@ -1,8 +1,8 @@
 """A synthetic world with known answers: short clips of one moving shape, in which an edit is a change of parameters.
 
 A `Scene` holds the parameters of a batch of clips. `sample` draws scenes, `edit` changes one property, `render` turns a
-scene into pixels and masks, `optical_flow` gives the exact motion of every pixel. Because the edited clip is rendered from
-the edited parameters, the TRUE answer to an edit, its masks and its flow are known exactly.
+scene into pixels and masks, `optical_flow` gives the exact motion of every pixel. Because the edited clip is rendered
+from the edited parameters, the TRUE answer to an edit, its masks and its flow are known exactly.
 
 Two kinds of motion:
     predictable     straight on along the heading (a white nose shows it) at a speed that the motion bucket tells
@@ -19,7 +19,14 @@ from torch import Tensor
 
 SHAPES = ("circle", "square", "triangle")
 PALETTE = torch.tensor(
-    [[0.90, 0.10, 0.10], [0.10, 0.75, 0.15], [0.15, 0.25, 0.95], [0.95, 0.85, 0.10], [0.85, 0.15, 0.85], [0.10, 0.80, 0.85]]
+    [
+        [0.90, 0.10, 0.10],
+        [0.10, 0.75, 0.15],
+        [0.15, 0.25, 0.95],
+        [0.95, 0.85, 0.10],
+        [0.85, 0.15, 0.85],
+        [0.10, 0.80, 0.85],
+    ]
 )
 COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 EDITS = ("recolour", "reshape", "resize", "add", "remove", "background")
@@ -89,8 +96,9 @@ def sample(
 ) -> Scene:
     """Draw n scenes.
 
-    motion: "predictable", "unpredictable" or "mixed". editable: always an object, without a band, of medium size, so that
-    every kind of edit applies and its result is still inside the training distribution. Raises ValueError for another motion.
+    motion: "predictable", "unpredictable" or "mixed". editable: always an object, without a band, of medium size, so
+    that every kind of edit applies and its result is still inside the training distribution. Raises ValueError for
+    another motion.
     """
     if motion not in ("predictable", "unpredictable", "mixed"):
         raise ValueError(f'motion is "{motion}"; it must be "predictable", "unpredictable" or "mixed"')
@@ -108,7 +116,8 @@ def sample(
     band = (rand(n) < world.band) & (not editable)
     background, angle, texture = _background(n, rand), rand(n) * 2 * math.pi, (rand(n) * 2**31).long()
 
-    # Motion: a piecewise constant speed and turn rate, changed once at a random frame; predictable clips keep the first.
+    # Motion: a piecewise constant speed and turn rate, changed once at a random frame; predictable clips keep the
+    # first.
     slow, fast = world.speed
     speed_a, speed_b = (slow + (fast - slow) * rand(n) for _ in range(2))
     turn_a, turn_b = (world.turn * (2 * rand(n) - 1) for _ in range(2))
@@ -143,9 +152,9 @@ def sample(
 def edit(scene: Scene, kind: str, generator: torch.Generator) -> Scene:
     """The same clips with one property changed, everything else (the motion above all) kept.
 
-    kind: "recolour" (a clearly different colour of the palette), "reshape", "resize" (a quarter larger or a fifth smaller),
-    "add" (a dark band on the object, which rides with it: the motion of a free newcomer could not be known from the
-    source), "remove" (the object), "background". Raises ValueError for another kind.
+    kind: "recolour" (a clearly different colour of the palette), "reshape", "resize" (a quarter larger or a fifth
+    smaller), "add" (a dark band on the object, which rides with it: the motion of a free newcomer could not be known
+    from the source), "remove" (the object), "background". Raises ValueError for another kind.
     """
     n, world = len(scene), scene.world
 
@@ -230,7 +239,7 @@ def render(scene: Scene) -> tuple[Tensor, Tensor]:
 
 
 def optical_flow(scene: Scene) -> Tensor:
-    """The exact forward flow [n, T - 1, 2, H, W] (dx, dy in pixels) from each frame to the next; 0 on the background."""
+    """The exact flow [n, T - 1, 2, H, W] (dx, dy in pixels) of each frame to the next; 0 on the background."""
     x, y = _grid(scene.world.size)
     now, then = scene.position[:, :-1, :, None, None], scene.position[:, 1:, :, None, None]  # [n, T-1, 2, 1, 1]
     turn = scene.heading.diff(dim=1)[..., None, None]

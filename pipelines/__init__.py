@@ -1,0 +1,1 @@
+"""The methods, without a host: torch and a few well-kept libraries."""

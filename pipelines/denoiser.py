@@ -1,0 +1,88 @@
+"""What a denoiser is, and what the families of diffusion models differ in.
+
+A denoiser is k-diffusion's and ComfyUI's own contract: `denoised = model(x, sigma, **extra_args)` with x a batch of
+noisy latents ([T, C, h, w], the frames as the batch, or [B, C, T, h, w]), sigma a tensor [x.shape[0]], and denoised
+the model's estimate of the clean latents. The probability-flow ODE dx/dsigma = (x - denoised) / sigma is the same for
+EPS, V, EDM and rectified flow; what differs is the path along which signal and noise are mixed, and which part of the
+denoised estimate comes from the network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoisePath:
+    """How a family mixes signal and noise, and how its output is preconditioned.
+
+    kind: "ve": x = x0 + sigma n; "flow": x = (1 - sigma) x0 + sigma n, 0 <= sigma <= 1.
+    sigma_data: of EDM's skip connection, c_skip = sigma_data^2 / (sigma^2 + sigma_data^2); None for families without
+        one (EPS: D = x - sigma F; flow: D = x - sigma F), whose c_skip is 1.
+    """
+
+    kind: Literal["ve", "flow"] = "ve"
+    sigma_data: float | None = None
+
+    def signal(self, sigma: float) -> float:
+        """The factor of x0 in x at a noise level."""
+        return 1.0 - sigma if self.kind == "flow" else 1.0
+
+    def noise_to_signal(self, sigma: float) -> float:
+        """The noise level that means the same for every family: sigma (VE), sigma / (1 - sigma) (flow)."""
+        signal = self.signal(sigma)
+        return sigma / signal if signal > 0 else float("inf")
+
+    def c_skip(self, sigma: float) -> float:
+        """The share of x in the denoised estimate D = c_skip x + c_out F(x), F being the network."""
+        if self.sigma_data is None:
+            return 1.0
+        return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
+
+
+EPS = NoisePath("ve")
+V = NoisePath("ve", sigma_data=1.0)  # v-prediction, Stable Video Diffusion's EDM form among it
+FLOW = NoisePath("flow")
+
+
+def EDM(sigma_data: float = 0.5) -> NoisePath:  # noqa: N802
+    """EDM's own preconditioning (arXiv 2206.00364, table 1)."""
+    return NoisePath("ve", sigma_data=sigma_data)
+
+
+def edm_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in and c_noise of Stable Video Diffusion (v-prediction, sigma_data 1), of sigma's shape."""
+    c_skip = 1 / (sigma**2 + 1)
+    c_out = -sigma / torch.sqrt(sigma**2 + 1)
+    c_in = 1 / torch.sqrt(sigma**2 + 1)
+    return c_skip, c_out, c_in, 0.25 * sigma.log()
+
+
+def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 700.0, rho: float = 7.0) -> Tensor:
+    """The schedule of EDM (arXiv 2206.00364, equation 5): [steps + 1] in float64, descending, ending in 0.
+
+    The defaults are Stable Video Diffusion's; the host's scheduler `karras` gives the same. ValueError for steps < 1 or
+    levels that are not 0 < sigma_min < sigma_max.
+    """
+    if steps < 1:
+        raise ValueError(f"got {steps} steps; a schedule needs at least 1")
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"got sigma_min {sigma_min} and sigma_max {sigma_max}; they must satisfy 0 < min < max")
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
+
+
+def truncate_sigmas(sigmas: Tensor, strength: float) -> Tensor:
+    """The last int(steps * strength) steps of a descending schedule, at least one: how far a clip is rewound.
+
+    The rule of the authors' code (strength 0.55 of 25 steps: 13 steps, from sigma 15.6). strength in 0..1, 1 keeps all.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}; it must be above 0 and at most 1 (1 rewinds to pure noise)")
+    steps = len(sigmas) - 1
+    return sigmas[steps - max(1, int(steps * strength)) :]

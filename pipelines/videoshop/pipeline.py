@@ -1,0 +1,341 @@
+"""Videoshop without a host: the whole job on diffusers' Stable Video Diffusion components."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..denoiser import edm_scalings, karras_sigmas, truncate_sigmas
+from .denoising import GuidedDenoiser, sample_euler
+from .inversion import Inversion, sample_edm_inversion
+from .latents import augment, clip_preprocess, normalise, rescale, whiten_condition
+from .settings import DEFAULT, VideoshopSettings
+
+Callback = Callable[[dict[str, Any]], None]
+
+
+class SVDDenoiser:
+    """diffusers' UNetSpatioTemporalConditionModel as a denoiser over one clip, x [T, 4, h, w].
+
+    image_latents: [1 or T, 4, h, w], the first frame's UNSCALED latents, concatenated to every frame; embedding: [1,
+    1, D] of the image encoder; added_ids: [1, 3], (fps - 1, motion bucket, augmentation level). `evaluations` counts
+    calls.
+    """
+
+    def __init__(self, unet: torch.nn.Module, image_latents: Tensor, embedding: Tensor, added_ids: Tensor):
+        self.unet, self.image_latents, self.embedding, self.added_ids = unet, image_latents, embedding, added_ids
+        self.evaluations = 0
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (paper, section on EDM; Karras et al., equation 7)."""
+        self.evaluations += 1
+        c_skip, c_out, c_in, c_noise = (c.float() for c in edm_scalings(sigma[:1].double()))
+        dtype = self.unet.dtype
+        scaled = (c_in[:, None, None, None] * x.float()).to(dtype)
+        condition = self.image_latents.to(dtype).expand(len(x), -1, -1, -1)
+        output = self.unet(
+            torch.cat([scaled, condition], 1)[None],
+            c_noise.to(x.device, dtype),
+            self.embedding.to(dtype),
+            self.added_ids.to(dtype),
+            return_dict=False,
+        )[0][0]
+        return (c_skip[:, None, None, None] * x.float() + c_out[:, None, None, None] * output.float()).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class VideoshopResult:
+    """The edited clip [T, 3, H, W] in 0..1, its latents, its inversion, and the network calls of both ways."""
+
+    frames: Tensor
+    latents: Tensor
+    inversion: Inversion
+    evaluations: dict[str, int]
+
+
+def check_video(video: Tensor, edited: Tensor | None = None, multiple: int = 8) -> None:
+    """ValueError unless video is [T >= 2, 3, H, W] in 0..1, of a size the model takes, and edited fits it."""
+    if video.ndim != 4 or video.shape[1] != 3:
+        raise ValueError(f"got a clip of shape {tuple(video.shape)}; it must be [frames, 3, height, width]")
+    if len(video) < 2:
+        raise ValueError(f"got {len(video)} frames; a clip has at least 2")
+    height, width = video.shape[-2:]
+    if height < multiple or width < multiple or height % multiple or width % multiple:
+        raise ValueError(
+            f"got frames of {width}x{height}; both sides must be multiples of {multiple}: resize or crop the clip, to "
+            f"{max(1, width // multiple) * multiple}x{max(1, height // multiple) * multiple} for example"
+        )
+    if edited is not None and edited.shape != video.shape[1:]:
+        raise ValueError(
+            f"got an edited frame of shape {tuple(edited.shape)} for a clip of shape {tuple(video.shape)}: it must be "
+            f"{tuple(video.shape[1:])}, the size of the clip's frames"
+        )
+    for name, pixels in (("clip", video), ("edited frame", edited)):
+        if pixels is None:
+            continue
+        if not torch.isfinite(pixels).all():
+            raise ValueError(f"the {name} holds NaN or infinite values")
+        if pixels.min() < -1e-3 or pixels.max() > 1 + 1e-3:
+            low, high = float(pixels.min()), float(pixels.max())
+            raise ValueError(f"the {name} has values from {low:.3g} to {high:.3g}; pixels must be 0 to 1")
+
+
+class VideoshopPipeline:
+    """Invert a clip with its own first frame as the condition, play it again with the edited one (arXiv 2403.14617).
+
+    unet, vae, image_encoder: diffusers' UNetSpatioTemporalConditionModel and AutoencoderKLTemporalDecoder,
+    transformers' CLIPVisionModelWithProjection; on one device. scaling_factor: of the latents, 0.18215 for SVD.
+    chunk: frames that the VAE takes at once; its temporal decoder sees a chunk as a clip, so fewer saves memory and
+        may show seams.
+    """
+
+    def __init__(self, unet, vae, image_encoder, scaling_factor: float = 0.18215, chunk: int = 14):
+        if chunk < 1:
+            raise ValueError(f"chunk is {chunk}; it must be at least 1 frame")
+        self.unet, self.vae, self.image_encoder = unet, vae, image_encoder
+        self.scaling_factor, self.chunk = scaling_factor, chunk
+        # The UNet halves the latents once a level but the last.
+        self.multiple = 8 * 2 ** (len(unet.config.block_out_channels) - 1)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        torch_dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        variant: str | None = None,
+    ) -> VideoshopPipeline:
+        """Load Stable Video Diffusion from a local folder or a hub's id in diffusers' layout."""
+        from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+        from transformers import CLIPVisionModelWithProjection
+
+        kinds = (
+            (UNetSpatioTemporalConditionModel, "unet"),
+            (AutoencoderKLTemporalDecoder, "vae"),
+            (CLIPVisionModelWithProjection, "image_encoder"),
+        )
+        unet, vae, image_encoder = (
+            kind.from_pretrained(str(path), subfolder=name, torch_dtype=torch_dtype, variant=variant)
+            .to(device)
+            .eval()
+            .requires_grad_(False)
+            for kind, name in kinds
+        )
+        return cls(unet, vae, image_encoder, vae.config.scaling_factor)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    # --- pixels and latents -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Unscaled latents (the posterior's mode) of pixels [n, 3, H, W] in -1..1."""
+        pieces = pixels.to(self.device, self.vae.dtype).split(self.chunk)
+        return torch.cat([self.vae.encode(piece).latent_dist.mode() for piece in pieces]).float()
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Latents [T, 4, H/8, W/8] in model space of a clip [T, 3, H, W] in 0..1; frame by frame, deterministic."""
+        return self._encode(2 * video - 1) * self.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The clip [T, 3, H, W] in 0..1, on the CPU, of latents [T, 4, h, w] in model space."""
+        pieces = (latents / self.scaling_factor).to(self.device, self.vae.dtype).split(self.chunk)
+        frames = [self.vae.decode(piece, num_frames=len(piece)).sample.float().cpu() for piece in pieces]
+        return (torch.cat(frames) / 2 + 0.5).clamp(0, 1)
+
+    # --- conditions ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def condition(
+        self, image: Tensor, settings: VideoshopSettings = DEFAULT, noise: Tensor | None = None, whiten: bool = False
+    ) -> SVDDenoiser:
+        """The model conditioned on a first frame [3, H, W] in 0..1, with augmentation noise of its shape.
+
+        whiten: whiten the first frame's latents, as the authors' code does in the inversion.
+        """
+        if settings.augmentation and noise is None:
+            raise ValueError(f"augmentation {settings.augmentation} needs noise of the picture's shape")
+        pixels = 2 * image[None] - 1
+        if settings.augmentation:
+            pixels = augment(pixels, settings.augmentation, noise)
+        latents = self._encode(pixels)
+        if whiten:
+            latents = whiten_condition(latents, self.scaling_factor)
+        prepared = clip_preprocess(image[None].float(), self.image_encoder.config.image_size)
+        embedding = self.image_encoder(prepared.to(self.device, self.image_encoder.dtype)).image_embeds[:, None]
+        ids = torch.tensor([[settings.fps - 1, settings.motion_bucket, settings.augmentation]], device=self.device)
+        return SVDDenoiser(self.unet, latents, embedding, ids)
+
+    def unconditional(self, condition: SVDDenoiser) -> SVDDenoiser:
+        """The negative side of guidance: zero latents, zero embedding, the same added ids (SVD's convention)."""
+        zeros = torch.zeros_like(condition.image_latents), torch.zeros_like(condition.embedding)
+        return SVDDenoiser(self.unet, *zeros, condition.added_ids)
+
+    # --- the two ways -------------------------------------------------------------------------------------------------
+
+    def invert(
+        self,
+        video: Tensor,
+        settings: VideoshopSettings = DEFAULT,
+        generator: torch.Generator | None = None,
+        *,
+        keep_trajectory: bool = False,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Inversion:
+        """Rewind a clip [T, 3, H, W] in 0..1 to noise, with its own first frame as the condition.
+
+        generator: on the CPU, so that all devices draw the same: the augmentation noise of both first frames, then the
+        random direction. keep_trajectory: keep the clip at every noise level, on the CPU. progress: a bar on stderr.
+        """
+        check_video(video, multiple=self.multiple)
+        noise, fresh = torch.randn(2, *video.shape[1:], generator=generator)
+        latents = self.encode(video)
+        direction = torch.randn(latents.shape, generator=generator).to(latents)
+        condition = self.condition(video[0], settings, noise, whiten=settings.normalise_condition)
+        normalised, applied = normalise(latents, settings.normalise)
+        schedule = karras_sigmas(settings.steps, settings.sigma_min, settings.sigma_max, settings.rho)
+        sigmas = truncate_sigmas(schedule, settings.strength)
+        states, residuals = [normalised.cpu()], []
+
+        def collect(step: dict[str, Any]) -> None:
+            if keep_trajectory:
+                states.append(step["x"].cpu())
+            if step["residual"] is not None:
+                residuals.append(step["residual"])
+            if callback is not None:
+                callback(step)
+
+        inverted = sample_edm_inversion(
+            condition,
+            normalised,
+            sigmas.flip(0),
+            callback=collect,
+            disable=not progress,
+            guess_above=settings.guess_above,
+            guess_below=settings.guess_below,
+            threshold=settings.threshold,
+            noise=direction,
+            refine=settings.refine,
+            damping=settings.damping,
+            tolerance=settings.tolerance,
+        )
+        return Inversion(
+            latent=inverted,
+            sigmas=sigmas,
+            normalisation=applied,
+            trajectory=torch.stack(states) if keep_trajectory else None,
+            residuals=tuple(residuals),
+            evaluations=condition.evaluations,
+            settings=asdict(settings),
+            source=latents,
+            augmentation_noise=noise if settings.shared_augmentation else fresh,
+        )
+
+    def denoise(
+        self,
+        inversion: Inversion,
+        edited_frame: Tensor,
+        settings: VideoshopSettings = DEFAULT,
+        *,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Play an inverted clip from another first frame [3, H, W] in 0..1: latents [T, 4, h, w] in model space."""
+        return self._denoise(inversion, edited_frame, settings, callback, progress)[0]
+
+    def _denoise(
+        self,
+        inversion: Inversion,
+        edited_frame: Tensor,
+        settings: VideoshopSettings,
+        callback: Callback | None,
+        progress: bool,
+    ) -> tuple[Tensor, int]:
+        condition = self.condition(edited_frame, settings, inversion.augmentation_noise)
+        x, calls = self._play(inversion.latent, inversion.sigmas, condition, settings, callback, progress)
+        if inversion.normalisation is not None and settings.denormalise:
+            x = inversion.normalisation.undo(x)
+        if settings.rescale:
+            x = rescale(x, self.encode(edited_frame[None]), settings.rescale)
+        return x, calls
+
+    def _play(
+        self,
+        x: Tensor,
+        sigmas: Tensor,
+        condition: SVDDenoiser,
+        settings: VideoshopSettings,
+        callback: Callback | None,
+        progress: bool,
+    ) -> tuple[Tensor, int]:
+        """Euler with the settings' guidance; the result and the network calls it took."""
+        model = GuidedDenoiser(
+            condition,
+            self.unconditional(condition),
+            settings.first_guidance,
+            settings.last_guidance,
+            settings.guidance_interval,
+        )
+        return sample_euler(model, x, sigmas, callback=callback, disable=not progress), model.evaluations
+
+    def image_to_video(
+        self,
+        image: Tensor,
+        settings: VideoshopSettings = DEFAULT,
+        generator: torch.Generator | None = None,
+        frames: int | None = None,
+    ) -> Tensor:
+        """Plain image-to-video from random noise, over the whole schedule: latents [frames, 4, h, w] in model space.
+
+        frames: the model's own number by default. generator: on the CPU, so that all devices give the same noise.
+        """
+        frames = frames or self.unet.config.num_frames
+        check_video(image[None].expand(2, -1, -1, -1), multiple=self.multiple)
+        noise = torch.randn(image.shape, generator=generator)
+        condition = self.condition(image, settings, noise)
+        start = torch.randn(frames, 4, image.shape[1] // 8, image.shape[2] // 8, generator=generator).to(self.device)
+        sigmas = karras_sigmas(settings.steps, settings.sigma_min, settings.sigma_max, settings.rho)
+        x = start * torch.sqrt(sigmas[0] ** 2 + 1).float()
+        return self._play(x, sigmas, condition, settings, None, False)[0]
+
+    def __call__(
+        self,
+        video: Tensor,
+        edited_frame: Tensor,
+        settings: VideoshopSettings = DEFAULT,
+        generator: torch.Generator | None = None,
+        progress: bool = True,
+        callback: Callback | None = None,
+        keep_trajectory: bool = False,
+    ) -> VideoshopResult:
+        """Carry the edit of the first frame through the clip.
+
+        video: [T, 3, H, W] in 0..1, T >= 2, both sides multiples of `multiple`; edited_frame: [3, H, W] in 0..1.
+        generator: on the CPU; it draws the augmentation noise and the random direction. callback: gets the samplers'
+        dicts, with "phase": "inversion" or "denoising". Raises ValueError for bad input before anything is computed.
+        """
+        check_video(video, edited_frame, self.multiple)
+
+        def tell(phase: str) -> Callback | None:
+            return None if callback is None else lambda step: callback(step | {"phase": phase})
+
+        inversion = self.invert(
+            video,
+            settings,
+            generator,
+            keep_trajectory=keep_trajectory,
+            callback=tell("inversion"),
+            progress=progress,
+        )
+        result, evaluations = self._denoise(inversion, edited_frame, settings, tell("denoising"), progress)
+        counts = {"inversion": inversion.evaluations, "denoising": evaluations}
+        return VideoshopResult(self.decode(result), result, inversion, counts)
