@@ -29,19 +29,19 @@ from ...pipelines.videoshop.inversion import Inversion, sample_edm_inversion
 
 logger = logging.getLogger(__name__)
 
+REFUSED = ("IMG_TO_IMG", "X0", "IMG_TO_IMG_FLOW", "V_PREDICTION_DDPM")  # some are unknown to older hosts
 Step = dict[str, Any]  # what a sampler of `pipelines` tells after each step
 
 
 def noise_path(model_sampling: torch.nn.Module) -> NoisePath:
     """How the model mixes signal and noise, from the class of its `model_sampling`; ValueError for unknown kinds."""
     classes = comfy.model_sampling
-    refused = [getattr(classes, name, ()) for name in ("X0", "IMG_TO_IMG_FLOW", "V_PREDICTION_DDPM")]
-    if any(isinstance(model_sampling, kind) for kind in refused):
-        name = next(c.__name__ for c in type(model_sampling).__mro__ if c.__module__ == classes.__name__)
-        raise ValueError(
-            f"this model samples as {name}, which cannot be inverted yet (CogVideoX and image-to-image models); use a "
-            "model of another family, such as Stable Video Diffusion, Stable Diffusion, Wan, LTXV or Hunyuan Video"
-        )
+    for name in REFUSED:
+        if isinstance(model_sampling, getattr(classes, name, ())):
+            raise ValueError(
+                f"this model samples as {name}, which cannot be inverted yet (CogVideoX, image-to-image models): use a "
+                "model of another family, such as Stable Video Diffusion, Stable Diffusion, Wan, LTXV or Hunyuan Video"
+            )
     if isinstance(model_sampling, classes.CONST):
         return FLOW
     if isinstance(model_sampling, classes.V_PREDICTION):  # and EDM, which differs in the sign of F alone

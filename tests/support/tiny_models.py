@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 SHAPES = {"svd": (5, 4, 8, 8), "sd15": (2, 4, 8, 8), "wan": (1, 16, 3, 8, 8)}  # of the latents to test with
-LAST_LAYER = 0.15
 
 
-def randomise(module: torch.nn.Module, seed: int, gain: float, last: tuple[torch.nn.Module, ...] = ()) -> None:
-    """Fill a network with seeded weights: matrices of the given gain, norms 1, biases 0; `last` layers scaled down."""
+def randomise(module: torch.nn.Module, seed: int, gain: float, last: torch.nn.Module, last_gain: float) -> None:
+    """Fill a network with seeded weights: matrices of the given gain, norms 1, biases 0, the last layer apart."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         if parameter.ndim >= 2:
@@ -24,8 +23,7 @@ def randomise(module: torch.nn.Module, seed: int, gain: float, last: tuple[torch
         else:
             values = torch.full(parameter.shape, 1.0 if name.endswith("weight") else 0.0)
         parameter.data = values
-    for layer in last:
-        layer.weight.data *= LAST_LAYER
+    last.weight.data *= last_gain / gain
 
 
 def _patcher(model: Any) -> Any:
@@ -48,7 +46,7 @@ def checkpoint(host: Any, seed: int = 0) -> dict[str, torch.Tensor]:
             "image_encoder": models.build_image_encoder().state_dict(),
         }
     for name in ("conv_out.weight", "conv_out.bias"):
-        parts["unet"][name] = parts["unet"][name] * LAST_LAYER
+        parts["unet"][name] = parts["unet"][name] * 0.15
     return {name: tensor.half().float() for name, tensor in keys.to_checkpoint(parts).items()}
 
 
@@ -102,7 +100,7 @@ def sd15(host: Any) -> Any:
     )
     settings.set_inference_dtype(torch.float32, None)
     model = settings.get_model({}, "", device=torch.device("cpu"))
-    randomise(model.diffusion_model, 1, 0.5, (model.diffusion_model.out[2],))
+    randomise(model.diffusion_model, 1, 0.5, model.diffusion_model.out[2], 0.01)
     return _patcher(model)
 
 
@@ -131,7 +129,7 @@ def wan(host: Any) -> Any:
     )
     settings.set_inference_dtype(torch.float32, None)
     model = settings.get_model({}, "", device=torch.device("cpu"))
-    randomise(model.diffusion_model, 3, 0.3, (model.diffusion_model.head.head,))
+    randomise(model.diffusion_model, 3, 0.3, model.diffusion_model.head.head, 0.05)
     return _patcher(model)
 
 
