@@ -1,0 +1,124 @@
+"""What the benchmarks share: the model, work spread over processes, statistics, tables, and files of results."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+RESULTS = Path("benchmarks/results")
+
+
+def embedded_pipeline():
+    """The embedded model as a VideoshopPipeline, on a GPU where there is one."""
+    from ..demo.models import SCALING_FACTOR, load_components
+    from ..pipelines.videoshop.pipeline import VideoshopPipeline
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return VideoshopPipeline(*(part.to(device) for part in load_components()), scaling_factor=SCALING_FACTOR)
+
+
+def default_workers() -> int:
+    """One single-threaded process a core, or one process that has the GPU."""
+    return 1 if torch.cuda.is_available() else os.cpu_count() or 1
+
+
+_model: Any = None  # of a worker process
+
+
+def _start_worker(load: Callable[[], Any]) -> None:
+    global _model
+    torch.set_num_threads(1)
+    _model = load()
+
+
+def _work(function: Callable[[Any, Any], Any], item: Any) -> Any:
+    return function(_model, item)
+
+
+def run(
+    function: Callable[[Any, Any], Any],
+    items: Sequence[Any],
+    label: str,
+    workers: int | None = None,
+    load: Callable[[], Any] = embedded_pipeline,
+) -> list[Any]:
+    """function(model, item) of every item, in order, with progress on stderr.
+
+    More than one worker: processes of one thread each, which load the model for themselves; function, items and load
+    must then be picklable. workers: None is `default_workers()`.
+    """
+    count = min(workers or default_workers(), len(items))
+    if count <= 1:
+        return _collect(map(partial(function, load()), items), len(items), label)
+    with get_context("spawn").Pool(count, _start_worker, (load,)) as pool:
+        return _collect(pool.imap(partial(_work, function), items), len(items), label)
+
+
+def _collect(results: Iterable[Any], count: int, label: str) -> list[Any]:
+    started, done = time.monotonic(), []
+    for result in results:
+        done.append(result)
+        spent = time.monotonic() - started
+        left = spent / len(done) * (count - len(done))
+        print(f"{label}: {len(done)}/{count}, {spent:.0f} s spent, {left:.0f} s left", file=sys.stderr, flush=True)
+    return done
+
+
+def summary(values: Iterable[float]) -> dict[str, float]:
+    """Mean, standard deviation over clips and number of the values that are numbers."""
+    known = [v for v in values if not math.isnan(v)]
+    return {
+        "mean": fmean(known) if known else math.nan,
+        "sd": stdev(known) if len(known) > 1 else math.nan,
+        "n": len(known),
+    }
+
+
+def mean_sd(values: Iterable[float], digits: int) -> str:
+    """ "12.3 ± 0.4", or a dash where there is no number."""
+    stats = summary(values)
+    if not stats["n"]:
+        return "-"
+    spread = f" ± {stats['sd']:.{digits}f}" if stats["n"] > 1 else ""
+    return f"{stats['mean']:.{digits}f}{spread}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is left-aligned, the others right-aligned."""
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def machine() -> str:
+    """What a figure of time or of the last digit depends on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return f"Python {platform.python_version()}, torch {torch.__version__}, {device}"
+
+
+def save(name: str, markdown: str, data: dict[str, Any], folder: Path = RESULTS) -> None:
+    """Print the Markdown, and write it and the data to <folder>/<name>.md and .json. NaN becomes null."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(markdown, encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(_plain(data), indent=1) + "\n", encoding="utf-8")
+    print(markdown)
+    print(f"written to {folder / name}.md and .json", file=sys.stderr)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
