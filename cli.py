@@ -118,10 +118,10 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
             "differ; edit the clip's own first frame without cropping it"
         )
     size = args.size or nearest_size(width, height, facts.area, facts.multiple)
-    if size[0] % facts.multiple or size[1] % facts.multiple or min(size) <= 0:
-        nearest = nearest_size(*size, size[0] * size[1], facts.multiple) if min(size) > 0 else (0, 0)
+    if min(size) < 1 or size[0] % facts.multiple or size[1] % facts.multiple:
+        nearest = nearest_size(*(max(1, side) for side in size), max(1, size[0] * size[1]), facts.multiple)
         raise ValueError(
-            f"got --size {size[0]}x{size[1]}; both sides must be multiples of {facts.multiple}: "
+            f"got --size {size[0]}x{size[1]}; both sides must be multiples of {facts.multiple}, "
             f"the nearest is {nearest[0]}x{nearest[1]}"
         )
 
