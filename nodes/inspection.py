@@ -76,7 +76,7 @@ class RoundTripCheck(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, positive: list, inversion: Inversion, vae: Any, clip: Tensor) -> io.NodeOutput:
         samples = sampling.state_of(model, inversion)
-        sampling.check_conditioning(positive, samples, "positive")
+        sampling.check_conditioning(positive, samples, "positive", sampling.is_svd(model))
         if inversion.source is None:
             raise ValueError(
                 "this inversion does not hold its source: make it with EDM Inversion with Noise Extrapolation"

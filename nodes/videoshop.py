@@ -174,7 +174,7 @@ class EDMInversion(io.ComfyNode):
         model_sampling = model.get_model_object("model_sampling")
         path = sampling.noise_path(model_sampling)
         sigmas = truncate_sigmas(sampling.schedule(sigmas, model_sampling), strength)
-        sampling.check_conditioning(positive, samples, "positive")
+        sampling.check_conditioning(positive, samples, "positive", sampling.is_svd(model))
         if cfg > 1 and negative is None:
             raise ValueError(f"cfg is {cfg:g} but negative is not connected: connect it, or set cfg to 1")
         if "noise_mask" in latent:
@@ -337,8 +337,8 @@ class SVDDenoise(io.ComfyNode):
         if guidance_from > guidance_to:
             raise ValueError(f"guidance_from ({guidance_from:g}) is above guidance_to ({guidance_to:g}): swap them")
         samples = sampling.state_of(model, inversion)
-        sampling.check_conditioning(positive, samples, "positive")
-        sampling.check_conditioning(negative, samples, "negative")
+        sampling.check_conditioning(positive, samples, "positive", sampling.is_svd(model))
+        sampling.check_conditioning(negative, samples, "negative", sampling.is_svd(model))
         guider = sampling.FrameGuider(model)
         guider.set_conds(positive, negative)
         guider.set_guidance(first_guidance, last_guidance, (guidance_from, guidance_to))

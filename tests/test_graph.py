@@ -47,13 +47,19 @@ def test_a_link_into_a_widget_wins_over_its_value():
 
 
 @pytest.mark.parametrize(
-    "values, message", [([42, "fixed", "y", 1.5], "no value for steps"), ([42, "fixed", "y", 1.5, 20, 1], "too many")]
+    "values, message", [([42, "fixed"], "no value for mode"), ([42, "fixed", "y", 1.5, 20, 1], "too many")]
 )
 def test_values_that_do_not_fit_the_node_are_an_error(values, message):
     graph = workflow()
     graph["nodes"][2]["widgets_values"] = values
     with pytest.raises(ValueError, match=message):
         to_api(graph, INFO)
+
+
+def test_an_optional_widget_of_a_newer_host_takes_its_default():
+    graph = workflow()
+    graph["nodes"][2]["widgets_values"] = [42, "fixed", "y", 1.5]
+    assert "steps" not in to_api(graph, INFO)["9"]["inputs"]
 
 
 def test_a_bypassed_node_is_an_error():

@@ -289,12 +289,14 @@ def check_latent(model: Any, latent: dict[str, Any]) -> Tensor:
     return samples
 
 
-def check_conditioning(conditioning: list, samples: Tensor, name: str) -> None:
-    """ValueError where an SVD condition is missing, of another size than the latent, or not finite."""
+def check_conditioning(conditioning: list, samples: Tensor, name: str, svd: bool) -> None:
+    """ValueError where a condition is missing, not finite, of another size than the latent or, for SVD, no picture."""
     if not conditioning:
         raise ValueError(f"{name} is empty: connect a CONDITIONING")
     for embedding, extra in conditioning:
         image = extra.get("concat_latent_image")
+        if svd and image is None:
+            raise ValueError(f"{name} holds no first frame: connect Videoshop Conditioning or SVD_img2vid_Conditioning")
         for tensor in (embedding, image):
             if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} holds NaN or infinite values")

@@ -195,12 +195,19 @@ def test_context_windows_apply(host, model, inputs):
     if "ContextWindowsManual" not in host.mappings:
         pytest.skip(f"ComfyUI {host.version} has no context windows node")
     counting, calls = counted(model)
+    known = host.mappings["ContextWindowsManual"].INPUT_TYPES()
+    # Newer hosts add a frame to each window, of which their own SVD is not told.
+    plain = (
+        {"causal_window_fix": False}
+        if "causal_window_fix" in {**known["required"], **known.get("optional", {})}
+        else {}
+    )
     (windowed,) = host.run_node(
         "ContextWindowsManual",
         model=counting,
         context_length=3,
         context_overlap=1,
-        causal_window_fix=False,  # it adds a frame to a window that the host's SVD is not told of
+        **plain,
         dim=0,
         context_schedule="standard_static",
     )
@@ -233,6 +240,7 @@ BAD = {
     "another model's latent": ({"latent": {"samples": torch.ones(1, 16, 3, 8, 8)}}, "4 channels"),
     "another size": ({"latent": {"samples": torch.ones(5, 4, 8, 16)}}, "made for 64 x 64 pixels"),
     "cfg without negative": ({"cfg": 3.0}, "negative is not connected"),
+    "no picture": ({"positive": [[torch.ones(1, 1, 64), {}]]}, "no first frame"),
     "no condition": ({"positive": []}, "positive is empty"),
 }
 

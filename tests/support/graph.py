@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 NOTES = {"Note", "MarkdownNote"}
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 
 
 def to_api(workflow: dict, object_info: dict) -> dict[str, dict]:
@@ -45,6 +45,8 @@ def _widget_inputs(node: dict, info: dict) -> dict[str, Any]:
             try:
                 found[name] = next(values)
             except StopIteration:
+                if part == "optional":  # a newer host's input: its own default applies
+                    continue
                 raise ValueError(f"node {node['id']} ({node['type']}) has no value for {name}") from None
             # The page puts a widget of its own behind a seed ("randomize", "fixed" ...).
             if options.get("control_after_generate") or (kind == "INT" and name in {"seed", "noise_seed"}):
