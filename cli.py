@@ -157,6 +157,8 @@ def load_pipeline(model: str | None):
     from .pipelines.videoshop.pipeline import VideoshopPipeline
 
     if model is None:
+        # So small a model gains little from more threads, and loses much where other work shares the cores.
+        torch.set_num_threads(1)
         return embedded_pipeline()
     on_gpu = torch.cuda.is_available()
     half_files = any(Path(model).glob("unet/*.fp16.safetensors"))
