@@ -8,7 +8,6 @@ from typing import Any
 
 import comfy.model_management
 import comfy.samplers
-import comfy.utils
 import comfyui_version
 import torch
 
@@ -18,13 +17,14 @@ from ...pipelines.videoshop.settings import DEFAULT
 from . import sampling
 from .models import load_demo_models
 
+HOST_EULER = "the host's euler"  # as benchmarks/cost.py names it
+
 
 def measure(invert: Callable, denoise: Callable, runs: int, steps: int = 25) -> dict[str, Any]:
     """Seconds and network evaluations of each side, run by run, in turn, so that a busy machine hits all sides alike.
 
     invert, denoise: `execute` of the nodes EDM Inversion and SVD Denoise. A first run of each side is not counted.
     """
-    comfy.utils.PROGRESS_BAR_ENABLED = False
     config = ImageToVideoConfig()
     model = load_demo_models()[0]
     generator = torch.Generator().manual_seed(0)
@@ -52,7 +52,7 @@ def measure(invert: Callable, denoise: Callable, runs: int, steps: int = 25) -> 
         def way_back() -> None:
             denoise(model, positive, positive, inverted, first_guidance=1.0, last_guidance=1.0, denormalize=True)
 
-        sides = {"the host's euler": host_euler, "EDM Inversion": inversion, "SVD Denoise": way_back}
+        sides = {HOST_EULER: host_euler, "EDM Inversion": inversion, "SVD Denoise": way_back}
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         evaluations: dict[str, list[int]] = {name: [] for name in sides}
         for run in range(runs + 1):
