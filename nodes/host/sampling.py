@@ -140,7 +140,9 @@ class FrameGuider(comfy.samplers.CFGGuider):
     def set_guidance(self, first: float, last: float, interval: tuple[float, float] = (0.0, math.inf)) -> None:
         self.first, self.last, self.interval = first, last, interval
 
-    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict = {}, seed: int | None = None) -> Tensor:  # noqa: B006
+    def predict_noise(
+        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: int | None = None
+    ) -> Tensor:
         low, high = self.interval
         needed = not (self.first == self.last == 1.0) and low <= float(timestep.max()) <= high
 
