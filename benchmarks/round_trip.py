@@ -29,7 +29,7 @@ GUESSES: dict[str, tuple[str, str] | None] = {
     "last direction": ("last_direction", "last_direction"),
 }
 STEPS = (10, 25, 50)
-REFINEMENTS = (1, 2, 4)  # at the base's own number of steps
+REFINEMENTS = (1, 3)  # at the base's own number of steps
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -53,27 +54,55 @@ def run(
     label: str,
     workers: int | None = None,
     load: Callable[[], Any] = embedded_pipeline,
+    kept: Path | None = None,
 ) -> list[Any]:
     """function(model, item) of every item, in order, with progress on stderr.
 
     More than one worker: processes of one thread each, which load the model for themselves; function, items and load
-    must then be picklable. workers: None is `default_workers()`.
+    must then be picklable. workers: None is `default_workers()`. kept: a file that each result (JSON) is added to as it
+    comes; a run that was interrupted goes on from there, unless the machine or the weights are others.
     """
-    count = min(workers or default_workers(), len(items))
-    if count <= 1:
-        return _collect(map(partial(function, load()), items), len(items), label)
-    with get_context("spawn").Pool(count, _start_worker, (load,)) as pool:
-        return _collect(pool.imap(partial(_work, function), items), len(items), label)
+    results = _read_kept(kept)
+    left = [item for item in items if repr(item) not in results]
+    if kept is not None and results:
+        print(f"{label}: {len(items) - len(left)} of {len(items)} are in {kept}", file=sys.stderr, flush=True)
+    count = min(workers or default_workers(), len(left))
+    if count > 1:
+        with get_context("spawn").Pool(count, _start_worker, (load,)) as pool:
+            _collect(pool.imap(partial(_work, function), left), left, label, results, kept)
+    elif left:
+        _collect(map(partial(function, load()), left), left, label, results, kept)
+    return [results[repr(item)] for item in items]
 
 
-def _collect(results: Iterable[Any], count: int, label: str) -> list[Any]:
-    started, done = time.monotonic(), []
-    for result in results:
-        done.append(result)
+def _collect(
+    found: Iterable[Any], items: Sequence[Any], label: str, results: dict[str, Any], kept: Path | None
+) -> None:
+    started = time.monotonic()
+    for number, (item, result) in enumerate(zip(items, found, strict=True), 1):
+        results[repr(item)] = result
+        if kept is not None:
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([repr(item), result]) + "\n")
         spent = time.monotonic() - started
-        left = spent / len(done) * (count - len(done))
-        print(f"{label}: {len(done)}/{count}, {spent:.0f} s spent, {left:.0f} s left", file=sys.stderr, flush=True)
-    return done
+        left = spent / number * (len(items) - number)
+        print(f"{label}: {number}/{len(items)}, {spent:.0f} s spent, {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+def _read_kept(kept: Path | None) -> dict[str, Any]:
+    """The results of an interrupted run on this machine and these weights; begins the file where there is none."""
+    if kept is None:
+        return {}
+    from ..demo.models import WEIGHTS
+
+    weights = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() if WEIGHTS.is_file() else None
+    made_by = json.dumps([machine(), weights])
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
+    if lines[:1] != [made_by]:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(made_by + "\n", encoding="utf-8")
+        return {}
+    return dict(json.loads(line) for line in lines[1:])
 
 
 def summary(values: Iterable[float]) -> dict[str, float]:

@@ -124,9 +124,12 @@ def main(
     chosen = list(chosen or variants())
     numbers = [SEEDS[seeds] + index for index in range(clips)]
     work_list = jobs(numbers, tuple(kinds), chosen, has_flow())
-    records = [record for part in runner.run(work, work_list, "videoshop", workers, load) for record in part]
+    kept = output / "videoshop.partial.jsonl"
+    parts = runner.run(work, work_list, "videoshop", workers, load, kept)
+    records = [record for part in parts for record in part]
     names = [variant.name for variant in chosen]
     settings = {variant.name: asdict(variant.settings) for variant in chosen}
     data = {"seeds": seeds, "machine": runner.machine(), "settings": settings, "records": records}
     runner.save("videoshop", report(records, names, seeds), data, output)
+    kept.unlink()
     return records

@@ -6,7 +6,6 @@ import json
 import math
 import operator
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,18 +20,16 @@ from rewind.pipelines.videoshop.settings import DEFAULT, NAIVE, PAPER, REFERENCE
 SEED = SEEDS["validation"]
 
 
-class SmallPicture(torch.nn.Module):
+class QuickPipeline(VideoshopPipeline):
     """In place of a VAE: the picture eight times smaller, and enlarged again."""
 
-    dtype = torch.float32
-
-    def encode(self, pixels):
+    def _encode(self, pixels):
         small = torch.nn.functional.avg_pool2d(pixels, 8)
-        latents = torch.cat([small, small.mean(1, keepdim=True)], 1) / 0.05
-        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
+        return torch.cat([small, small.mean(1, keepdim=True)], 1) / 0.05
 
-    def decode(self, latents, num_frames):
-        return SimpleNamespace(sample=torch.nn.functional.interpolate(latents[:, :3] * 0.05, scale_factor=8))
+    def decode(self, latents):
+        small = latents[:, :3] / self.scaling_factor * 0.05
+        return torch.nn.functional.interpolate(small / 2 + 0.5, scale_factor=8).clamp(0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +37,10 @@ def pipeline():
     """The embedded model's architecture, smaller still and with fresh weights."""
     torch.manual_seed(0)
     config = ImageToVideoConfig(unet_channels=(32, 64), context=32, clip_hidden=32, clip_layers=1)
-    parts = build_unet(config), SmallPicture(), build_image_encoder(config)
-    return VideoshopPipeline(*(part.eval().requires_grad_(False) for part in parts))
+    unet, image_encoder = (
+        part.eval().requires_grad_(False) for part in (build_unet(config), build_image_encoder(config))
+    )
+    return QuickPipeline(unet, None, image_encoder)
 
 
 def short(settings, steps=4):
@@ -56,6 +55,41 @@ def test_work_comes_back_in_order_with_its_progress(workers, capsys):
     assert runner.run(operator.add, [5, 3, 8], "sums", workers, load=int) == [5, 3, 8]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and lines[-1].startswith("sums: 3/3")
+
+
+class Counting:
+    """A model, and how often it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def answer(self, item):
+        self.asked.append(item)
+        if item == "broken":
+            raise RuntimeError("interrupted")
+        return {"of": item, "value": math.nan}
+
+
+def test_an_interrupted_run_goes_on_from_what_was_kept(tmp_path):
+    kept, counting = tmp_path / "new" / "kept.jsonl", Counting()
+    with pytest.raises(RuntimeError):
+        runner.run(Counting.answer, ["a", "b", "broken"], "work", 1, lambda: counting, kept)
+    again = Counting()
+    results = runner.run(Counting.answer, ["a", "c", "b"], "work", 1, lambda: again, kept)
+    assert (again.asked, [r["of"] for r in results]) == (["c"], ["a", "c", "b"])
+    assert math.isnan(results[0]["value"])
+
+
+def test_what_other_weights_gave_is_not_kept(tmp_path, monkeypatch):
+    from rewind.demo import models
+
+    kept, weights = tmp_path / "kept.jsonl", tmp_path / "weights"
+    monkeypatch.setattr(models, "WEIGHTS", weights)
+    for content, asked in ((b"one", ["a"]), (b"one", []), (b"two", ["a"])):
+        weights.write_bytes(content)
+        counting = Counting()
+        runner.run(Counting.answer, ["a"], "work", 1, lambda held=counting: held, kept)
+        assert counting.asked == asked
 
 
 def test_summaries_leave_out_what_is_no_number():
@@ -209,6 +243,7 @@ def test_the_table_tells_means_over_clips_of_means_over_kinds(pipeline, tmp_path
     assert f"| {runner.mean_sd(videoshop.per_clip(own, 'psnr_edit'), 2)} |" in text
     assert "a lead, not a result" in text
     assert len(json.loads((tmp_path / "videoshop.json").read_text())["records"]) == len(records)
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 def test_the_round_trip_is_told_for_each_guess(pipeline, tmp_path, monkeypatch, capsys):
