@@ -260,10 +260,10 @@ def run_benchmark(args: argparse.Namespace) -> int:
         passed = model.main(args.clips or 64, args.seeds or "test", **common)
         return int(args.strict and not passed)
     if args.sweep is not None:
-        sweep.main(args.sweep, args.clips or 8, args.seeds or "validation", args.kinds, **common)
+        sweep.main(args.sweep, args.clips or 8, args.seeds or "validation", args.kinds or sweep.KINDS, **common)
         return 0
     if args.only != "round-trip":
-        videoshop.main(args.clips or videoshop.MINIMUM_CLIPS, args.seeds or "test", args.kinds, **common)
+        videoshop.main(args.clips or videoshop.MINIMUM_CLIPS, args.seeds or "test", args.kinds or EDITS, **common)
     if args.only != "edits":
         round_trip.main(args.clips or 16, args.seeds or "test", **common)
     return 0
@@ -330,7 +330,9 @@ def build_parser() -> Parser:
     bench.add_argument("what", choices=("model", "videoshop", "cost"))
     bench.add_argument("--clips", type=int, help="default: model 64, videoshop 32 (round trip 16), sweep 8")
     bench.add_argument("--seeds", choices=("validation", "test"), help="default: test, of a sweep validation")
-    bench.add_argument("--kinds", nargs="+", choices=EDITS, default=EDITS, help="videoshop: kinds of edit")
+    bench.add_argument(
+        "--kinds", nargs="+", choices=EDITS, help="videoshop: kinds of edit (default: all; of a sweep two)"
+    )
     bench.add_argument("--only", choices=("edits", "round-trip"), help="videoshop: one part")
     bench.add_argument(
         "--sweep", nargs="*", metavar="SETTING=A,B", help="videoshop: rank all combinations; none named: one at a time"

@@ -70,6 +70,8 @@ def run(
     if count > 1:
         with get_context("spawn").Pool(count, _start_worker, (load,)) as pool:
             _collect(pool.imap(partial(_work, function), left), left, label, results, kept)
+            pool.close()
+            pool.join()
     elif left:
         _collect(map(partial(function, load()), left), left, label, results, kept)
     return [results[repr(item)] for item in items]

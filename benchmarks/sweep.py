@@ -11,11 +11,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ..demo.clip import SEEDS
-from ..demo.world import EDITS
 from ..pipelines.videoshop.settings import DEFAULT, VideoshopSettings
 from . import runner
 from .editing import Variant, jobs, work
 from .videoshop import Record, per_clip
+
+KINDS = ("recolour", "reshape")  # by default: colour and outline, the two that fade on the way
 
 # Tried one at a time where the command line names nothing.
 ONE_AT_A_TIME = (
@@ -107,13 +108,15 @@ def main(
     choices: Sequence[str] = (),
     clips: int = 8,
     seeds: str = "validation",
-    kinds: Sequence[str] = EDITS,
+    kinds: Sequence[str] = KINDS,
     workers: int | None = None,
     output: Path = runner.RESULTS,
     load: Callable[[], Any] = runner.embedded_pipeline,
     base: VideoshopSettings = DEFAULT,
 ) -> list[Record]:
-    """Edit with every candidate, rank, print and save."""
+    """Edit with every candidate, rank, print and save. Raises ValueError for test seeds: they are for the figures."""
+    if seeds == "test":
+        raise ValueError("a sweep chooses settings, so it takes validation seeds; test seeds are for the figures")
     variants = candidates(choices, base)
     work_list = jobs([SEEDS[seeds] + index for index in range(clips)], tuple(kinds), variants, with_flow=False)
     work_list = [job for job in work_list if job.variants]

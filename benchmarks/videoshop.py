@@ -94,6 +94,8 @@ def report(records: Sequence[Record], names: Sequence[str], seeds: str) -> str:
         "the source's and the true edit's masks; the flow error counts on the object, and the row of the true edit "
         "shows the error of the estimator itself.\n"
     )
+    if "remove" in kinds:
+        text += "\nWhere the object is removed, a static edited frame IS the true edit: that row says nothing there.\n"
     if clips < MINIMUM_CLIPS:
         text += f"\nFewer than {MINIMUM_CLIPS} clips: a lead, not a result.\n"
     if len(kinds) > 1:

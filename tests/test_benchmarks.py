@@ -293,6 +293,11 @@ def test_named_choices_are_combined_and_others_tried_one_at_a_time():
     assert len(alone) > 15 and all(v.name == "base" or v.name.count(", ") <= 1 for v in alone)
 
 
+def test_nothing_is_chosen_on_test_seeds(tmp_path):
+    with pytest.raises(ValueError, match="validation"):
+        sweep.main([], 2, "test", output=tmp_path)
+
+
 def test_the_ranking_puts_the_best_edit_first():
     def record(variant, seed, value, transfer=0.5):
         measures = {"psnr_edit": value, "psnr_unedited": 30.0, "colour_transfer": [0.9, transfer]}

@@ -288,11 +288,11 @@ def test_a_failed_gate_fails_the_command_only_when_strict(monkeypatch):
 def test_each_benchmark_has_its_seeds_and_number_of_clips(asked):
     for words in (["model"], ["videoshop"], ["videoshop", "--sweep", "threshold=1,2"], ["cost"]):
         assert cli.main(["benchmark", *words]) == 0
-    assert [(name, a[:3]) for name, a, _ in asked] == [
+    assert [(name, a) for name, a, _ in asked] == [
         ("model", (64, "test")),
         ("videoshop", (32, "test", cli.EDITS)),
         ("round_trip", (16, "test")),
-        ("sweep", (["threshold=1,2"], 8, "validation")),
+        ("sweep", (["threshold=1,2"], 8, "validation", sweep.KINDS)),
         ("cost", (None, 7, asked[-1][1][2])),
     ]
 
