@@ -29,8 +29,8 @@ def sample_euler(
     Raises ValueError for a schedule that does not fall, or ends below 0.
     """
     check_clip(x)
-    levels = sigmas.double().tolist()
-    if len(levels) < 2 or levels[-1] < 0 or any(b >= a for a, b in zip(levels, levels[1:])):
+    levels = sigmas.tolist()
+    if len(levels) < 2 or levels[-1] < 0 or not all(math.inf > a > b for a, b in zip(levels, levels[1:])):
         raise ValueError(f"the noise levels of the way back must fall to 0, got {levels[:1]} to {levels[-1:]}")
     dtype, working = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x = x.to(working)

@@ -6,6 +6,7 @@ is the clip at level l, x_h the clip sought at level h, xb ("x bar") the guess o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,22 +49,23 @@ class Inversion:
     augmentation_noise: Tensor | None = None
 
 
-def _check(
-    x: Tensor, sigmas: Tensor, guesses: tuple[str, ...], noise: Tensor | None, refine: int, damping: float
-) -> None:
-    check_clip(x)
-    levels = sigmas.tolist()
-    if len(levels) < 2 or levels[0] != 0 or any(b <= a for a, b in zip(levels, levels[1:])):
+def _check_levels(levels: list[float]) -> None:
+    if len(levels) < 2 or levels[0] != 0 or not all(a < b < math.inf for a, b in zip(levels, levels[1:])):
         raise ValueError(
             f"the noise levels of an inversion must rise from 0, got {len(levels)} from {levels[:1]} to {levels[-1:]}: "
             "flip the schedule that the sampler will come back on"
         )
+
+
+def _check_guesses(x: Tensor, guesses: tuple[str, ...], noise: Tensor | None, refine: int, damping: float) -> None:
     for guess in guesses:
         if guess not in GUESSES:
             raise ValueError(f'the guess is "{guess}"; it must be one of {", ".join(GUESSES)}')
     if "random" in guesses and (noise is None or noise.shape != x.shape):
         given = None if noise is None else tuple(noise.shape)
         raise ValueError(f'the guess "random" needs noise of the clip\'s shape {tuple(x.shape)}, got {given}')
+    if "random" in guesses and not torch.isfinite(noise).all():
+        raise ValueError('the noise of the guess "random" holds NaN or infinite values: draw it afresh')
     if refine < 0 or not 0 <= damping < 1:
         raise ValueError(f"got {refine} refinements with damping {damping}; they must be >= 0 and 0 <= damping < 1")
 
@@ -87,13 +89,14 @@ def guess_next(
 ) -> Tensor:
     """The guess xb of the clip at the higher level, at which the network is called.
 
-    extrapolation   x0 + (s_h / s_l) (x_l - x0): the noise found so far, scaled up (paper, equation 6, above the
-    threshold) random          x0 + s_h n, one fixed n (paper, equation 6, below the threshold; the authors' code
-    draws n once) current         x_l: the naive approximation (paper, equation 5)
-    last_direction  x_l + (s_h - s_l) d with the direction d that the last step solved (ours; UniInv, the same idea,
-                    is for flows); it equals the anchor form D + (s_h / s_l) (x_l - D) with the last denoised estimate D
-    On a flow path x0 is signal(s) x0. From level 0 nothing is known of the noise or the direction: those two fall
-    back to the current latent.
+    "extrapolation": x0 + (s_h / s_l) (x_l - x0), the noise found so far scaled up (paper, equation 6, above the
+        threshold).
+    "random": x0 + s_h n (paper, equation 6, below it), with one fixed n: the authors' code draws it once a clip.
+    "current": x_l, the naive approximation (paper, equation 5).
+    "last_direction": x_l + (s_h - s_l) d, with the direction d in which the last step went (ours; UniInv has the same
+        idea for flows). It is the paper's guess with the last step's own estimate of x0 in the place of x0.
+    On a flow path x0 is signal(s) x0. At level 0 nothing is known yet of the noise or the direction: "extrapolation"
+    and "last_direction" are the current latent there.
     """
     if kind == "random":
         return path.signal(high) * clean + high * noise
@@ -122,12 +125,11 @@ def sample_edm_inversion(
     damping: float = 0.5,
     tolerance: float = 1e-4,
 ) -> Tensor:
-    """EDM inversion with noise extrapolation (paper, equations 4 to 7), for every family whose ODE is dx/ds = (x - D)
-    / s.
+    """EDM inversion with noise extrapolation (paper, equations 4 to 7), for every family with dx/ds = (x - D) / s.
 
     model: a denoiser (see `pipelines.denoiser`). It is never called at level 0, and once a step without refinement.
     x: the clean clip, [T, C, h, w] or [B, C, T, h, w], in model space, normalised or not; it is not changed.
-    sigmas: ascending from 0; the same levels, flipped, are those to come back on with `sample_euler`.
+    sigmas: ascending from 0, for a flow up to 1; flipped, they are the levels to come back on with `sample_euler`.
     path: the family's noise path and preconditioning; V is Stable Video Diffusion's.
     guess_above, guess_below, threshold: the kind of guess (see `guess_next`) where the noise-to-signal ratio of the
         LOWER level is above the threshold, and where it is not. The paper's are extrapolation and random; its
@@ -141,18 +143,23 @@ def sample_edm_inversion(
     Returns the clip at sigmas[-1], in x's dtype; within it at least float32 is kept, and the coefficients are float64.
     Raises ValueError for a schedule that does not rise from 0, an unknown guess, missing noise, NaN.
     """
-    _check(x, sigmas, (guess_above, guess_below), noise, refine, damping)
+    check_clip(x)
+    levels = sigmas.tolist()
+    _check_levels(levels)
+    if path.kind == "flow" and levels[-1] > 1.001:  # a shifted schedule may round to a little more than 1
+        raise ValueError(f"the noise levels go up to {levels[-1]:g}; a flow's end at 1: connect its own schedule")
+    _check_guesses(x, (guess_above, guess_below), noise, refine, damping)
     extra_args = extra_args or {}
     dtype, working = x.dtype, torch.promote_types(x.dtype, torch.float32)
     clean = x = x.to(working)
     noise = None if noise is None else noise.to(clean)
-    levels = sigmas.double().tolist()
     ones = x.new_ones(x.shape[0])
     direction, evaluations = None, 0
 
     def solve(guess: Tensor) -> tuple[Tensor, Tensor]:
-        denoised = model(guess.to(dtype), high * ones, **extra_args).to(working)
-        return solve_step(x, denoised, guess, low, high, path.c_skip(high)), denoised
+        guess = guess.to(dtype)  # what the network sees, in x's precision, is also what F is told apart from
+        denoised = model(guess, high * ones, **extra_args).to(working)
+        return solve_step(x, denoised, guess.to(working), low, high, path.c_skip(high)), denoised
 
     for i in trange(len(levels) - 1, disable=disable):
         low, high = levels[i], levels[i + 1]
@@ -190,10 +197,14 @@ def sample_naive_inversion(
     x, sigmas: as in `sample_edm_inversion`. The first level 0 becomes `first` (the host's FlipSigmas puts 0.0001
     there), which lies outside what the model was trained on. Returns the clip at sigmas[-1].
     """
-    _check(x, sigmas, (), None, 0, 0.0)
+    check_clip(x)
+    levels = sigmas.tolist()
+    _check_levels(levels)
+    if not 0 < first < levels[1]:
+        raise ValueError(f"the level that replaces 0 is {first:g}; it must lie between 0 and the next, {levels[1]:g}")
     dtype, working = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x = x.to(working)
-    levels = [first, *sigmas.double().tolist()[1:]]
+    levels[0] = first
     ones = x.new_ones(x.shape[0])
     for i in trange(len(levels) - 1, disable=disable):
         low, high = levels[i], levels[i + 1]

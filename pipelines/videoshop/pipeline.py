@@ -34,13 +34,13 @@ class SVDDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (paper, section on EDM; Karras et al., equation 7)."""
         self.evaluations += 1
-        c_skip, c_out, c_in, c_noise = (c.float() for c in edm_scalings(sigma[:1].double()))
+        c_skip, c_out, c_in, c_noise = edm_scalings(sigma[:1].to(x.device, torch.float32))
         dtype = self.unet.dtype
         scaled = (c_in[:, None, None, None] * x.float()).to(dtype)
         condition = self.image_latents.to(dtype).expand(len(x), -1, -1, -1)
         output = self.unet(
             torch.cat([scaled, condition], 1)[None],
-            c_noise.to(x.device, dtype),
+            c_noise,  # float32: the UNet embeds it before it goes on in its own dtype
             self.embedding.to(dtype),
             self.added_ids.to(dtype),
             return_dict=False,
@@ -75,14 +75,19 @@ def check_video(video: Tensor, edited: Tensor | None = None, multiple: int = 8) 
             f"got an edited frame of shape {tuple(edited.shape)} for a clip of shape {tuple(video.shape)}: it must be "
             f"{tuple(video.shape[1:])}, the size of the clip's frames"
         )
-    for name, pixels in (("clip", video), ("edited frame", edited)):
-        if pixels is None:
-            continue
-        if not torch.isfinite(pixels).all():
-            raise ValueError(f"the {name} holds NaN or infinite values")
-        if pixels.min() < -1e-3 or pixels.max() > 1 + 1e-3:
-            low, high = float(pixels.min()), float(pixels.max())
-            raise ValueError(f"the {name} has values from {low:.3g} to {high:.3g}; pixels must be 0 to 1")
+    _check_pixels(video, "clip")
+    if edited is not None:
+        _check_pixels(edited, "edited frame")
+
+
+def _check_pixels(pixels: Tensor, name: str) -> None:
+    if not pixels.is_floating_point():
+        raise ValueError(f"the {name} is of {pixels.dtype}; pixels must be floating point, 0 to 1: divide bytes by 255")
+    if not torch.isfinite(pixels).all():
+        raise ValueError(f"the {name} holds NaN or infinite values")
+    if pixels.min() < -1e-3 or pixels.max() > 1 + 1e-3:
+        low, high = float(pixels.min()), float(pixels.max())
+        raise ValueError(f"the {name} has values from {low:.3g} to {high:.3g}; pixels must be 0 to 1")
 
 
 class VideoshopPipeline:
@@ -110,7 +115,10 @@ class VideoshopPipeline:
         device: str | torch.device = "cpu",
         variant: str | None = None,
     ) -> VideoshopPipeline:
-        """Load Stable Video Diffusion from a local folder or a hub's id in diffusers' layout."""
+        """Load Stable Video Diffusion from a local folder or a hub's id in diffusers' layout.
+
+        The VAE's encoder stays in float32 where its configuration says that float16 overflows (SVD's does).
+        """
         from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
         from transformers import CLIPVisionModelWithProjection
 
@@ -126,6 +134,9 @@ class VideoshopPipeline:
             .requires_grad_(False)
             for kind, name in kinds
         )
+        if torch_dtype == torch.float16 and vae.config.force_upcast:
+            vae.encoder.float()
+            vae.quant_conv.float()
         return cls(unet, vae, image_encoder, vae.config.scaling_factor)
 
     @property
@@ -137,7 +148,7 @@ class VideoshopPipeline:
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
         """Unscaled latents (the posterior's mode) of pixels [n, 3, H, W] in -1..1."""
-        pieces = pixels.to(self.device, self.vae.dtype).split(self.chunk)
+        pieces = pixels.to(self.device, self.vae.encoder.conv_in.weight.dtype).split(self.chunk)
         return torch.cat([self.vae.encode(piece).latent_dist.mode() for piece in pieces]).float()
 
     def encode(self, video: Tensor) -> Tensor:
@@ -147,7 +158,8 @@ class VideoshopPipeline:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """The clip [T, 3, H, W] in 0..1, on the CPU, of latents [T, 4, h, w] in model space."""
-        pieces = (latents / self.scaling_factor).to(self.device, self.vae.dtype).split(self.chunk)
+        dtype = self.vae.decoder.conv_in.weight.dtype
+        pieces = (latents / self.scaling_factor).to(self.device, dtype).split(self.chunk)
         frames = [self.vae.decode(piece, num_frames=len(piece)).sample.float().cpu() for piece in pieces]
         return (torch.cat(frames) / 2 + 0.5).clamp(0, 1)
 
@@ -249,7 +261,16 @@ class VideoshopPipeline:
         callback: Callback | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Play an inverted clip from another first frame [3, H, W] in 0..1: latents [T, 4, h, w] in model space."""
+        """Play an inverted clip from another first frame [3, H, W] in 0..1: latents [T, 4, h, w] in model space.
+
+        Raises ValueError for a frame of another size than the clip's, or with values out of range.
+        """
+        wanted = (3, *(8 * side for side in inversion.latent.shape[-2:]))
+        if edited_frame.shape != wanted:
+            raise ValueError(
+                f"got an edited frame of shape {tuple(edited_frame.shape)}; the clip needs one of {wanted}"
+            )
+        _check_pixels(edited_frame, "edited frame")
         return self._denoise(inversion, edited_frame, settings, callback, progress)[0]
 
     def _denoise(
