@@ -114,6 +114,25 @@ def test_cancel_stops_within_one_step(host, model, inputs):
     assert len(calls) == 2
 
 
+def test_cancel_does_not_need_the_hosts_layers(host, model, inputs):
+    """The host asks inside its own layers; a network of others' must stop as soon."""
+    import comfy.model_management as management
+
+    calls = []
+
+    def foreign(apply_model, args):
+        calls.append(1)
+        if len(calls) == 2:
+            management.interrupt_current_processing()
+        return torch.zeros_like(args["input"])
+
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(foreign)
+    with pytest.raises(management.InterruptProcessingException):
+        host.run_node("RewindEDMInversion", model=clone, **inputs)
+    assert len(calls) == 2
+
+
 def test_no_network_call_is_wasted(host, model, inputs):
     counting, calls = counted(model)
     *_, inversion = host.run_node("RewindEDMInversion", model=counting, **inputs, strength=1.0)
