@@ -1,4 +1,4 @@
-"""EDM inversion against denoisers whose exact inversion is known in closed form (see support/gaussians.py)."""
+"""EDM inversion against denoisers whose exact inversion is known in closed form (see support/denoisers.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from gaussians import Gaussian, clip, relative
+from denoisers import Gaussian, clip, relative
 
 from rewind.pipelines.denoiser import EDM, EPS, FLOW, V, karras_sigmas
 from rewind.pipelines.videoshop.denoising import sample_euler
