@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import world as W
-from .models import SCALING_FACTOR, ImageToVideoConfig, build_image_encoder, build_unet, build_vae
+from .models import SCALING_FACTOR, ImageToVideoConfig, build_image_encoder, build_unet, build_vae, load_components
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +56,16 @@ class Trainer:
     """AdamW with warm-up and cosine decay, gradient clipping, an average of the weights, resumable."""
 
     def __init__(
-        self, modules: dict[str, torch.nn.Module], path: Path, lr: float, minutes: float, rank: int, average=0.999
+        self,
+        modules: dict[str, torch.nn.Module],
+        path: Path,
+        lr: float,
+        minutes: float,
+        rank: int = 0,
+        average: float = 0.999,
+        steps: int | None = None,
     ):
-        self.modules, self.path, self.lr, self.rank, self.average = modules, path, lr, rank, average
+        self.modules, self.path, self.lr, self.rank, self.average, self.steps = modules, path, lr, rank, average, steps
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
         fused = self.parameters[0].device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=fused)
@@ -77,7 +84,9 @@ class Trainer:
         self.started, self.saved, self.mean = time.time() - self.spent, time.time(), None
 
     def progress(self) -> float:
-        """The share of the budget that is spent, 0..1, the same on every worker."""
+        """The share of the budget (steps, else wall-clock time) that is spent, 0..1, the same on every worker."""
+        if self.steps is not None:
+            return self.step / self.steps
         share = torch.tensor([(time.time() - self.started) / self.budget], dtype=torch.float64)
         if dist.is_initialized():
             dist.broadcast(share, 0)
@@ -117,6 +126,24 @@ class Trainer:
         partial = self.path.with_suffix(".partial")
         torch.save(state | {"spent": spent, "history": self.history}, partial)
         partial.replace(self.path)
+
+
+def _seed(args, rank: int, step: int) -> torch.Generator:
+    """Every worker, and every resumption, draws other clips and other noise; equal arguments draw the same again."""
+    seed = 1_000_000 * args.seed + 10 * step + rank
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def _load_start(modules: dict[str, torch.nn.Module], path: Path) -> None:
+    """The weights of an exported file; a checkpoint in the training folder, if there is one, replaces them."""
+    from safetensors.torch import load_file
+
+    from .keys import from_checkpoint
+
+    parts = from_checkpoint({name: tensor.float() for name, tensor in load_file(path).items()})
+    for name, module in modules.items():
+        module.load_state_dict(parts[name])
 
 
 # --- the VAE ----------------------------------------------------------------------------------------------------------
@@ -174,17 +201,20 @@ def _start_temporal_layers_as_identity(vae) -> None:
 
 
 def train_vae(args, rank: int, device: torch.device) -> None:
-    generator = torch.Generator().manual_seed(1000 * args.seed + rank)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # all workers start from the same weights
     vae = build_vae()
     _start_temporal_layers_as_identity(vae)
     vae.to(device)
     decoder_only = args.command == "decoder"
+    if args.start is not None:
+        _load_start({"vae": vae}, args.start)
     if decoder_only:
         vae.encoder.requires_grad_(False)
-        if not (args.folder / "decoder.pt").exists():
+        if args.start is None and not (args.folder / "decoder.pt").exists():
             vae.load_state_dict(torch.load(args.folder / "vae.pt")["ema"]["vae"])
-    trainer = Trainer({"vae": vae}, args.folder / f"{args.command}.pt", args.lr or 1.5e-3, args.minutes, rank, 0.995)
+    path = args.folder / f"{args.command}.pt"
+    trainer = Trainer({"vae": vae}, path, args.lr or 1.5e-3, args.minutes, rank, 0.995, args.steps)
+    generator = _seed(args, rank, trainer.step)
     while (share := trainer.progress()) < 1:
         # Two thirds of the time on single cropped frames, then whole frames; the decoder's own phase sees clips.
         whole = decoder_only or share > 0.6
@@ -210,7 +240,9 @@ def clip_pixels(images: Tensor, size: int) -> Tensor:
 
 
 def load_vae(folder: Path):
-    """The trained VAE: the encoder of the first phase, the decoder of the latest."""
+    """The trained VAE: the encoder of the first phase, the decoder of the latest; else the shipped one."""
+    if not (folder / "vae.pt").exists():
+        return load_components()[1]
     vae = build_vae()
     newest = folder / "decoder.pt" if (folder / "decoder.pt").exists() else folder / "vae.pt"
     vae.load_state_dict(torch.load(newest, map_location="cpu")["ema"]["vae"])
@@ -249,7 +281,7 @@ def load_cache(folder: Path) -> dict[str, Tensor]:
 
 
 def unet_loss(unet, image_encoder, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-    """EDM's loss on the network's output, |F - F_target|^2 (arXiv 2206.00364, equation 8), with weight on the object."""
+    """EDM's loss on the network's output, |F - F_target|^2 (arXiv 2206.00364, equation 8), the object counts more."""
     z, device = batch["latents"].float(), batch["latents"].device
     n, frames = z.shape[:2]
 
@@ -285,12 +317,12 @@ def train_unet(args, rank: int, device: torch.device) -> None:
     torch.manual_seed(args.seed)
     config = ImageToVideoConfig()
     unet, image_encoder = build_unet(config).to(device), build_image_encoder(config).to(device)
-    unet.train()
-    trainer = Trainer(
-        {"unet": unet, "image_encoder": image_encoder}, args.folder / "unet.pt", args.lr or 1e-3, args.minutes, rank
-    )
+    modules = {"unet": unet.train(), "image_encoder": image_encoder}
+    if args.start is not None:
+        _load_start(modules, args.start)
+    trainer = Trainer(modules, args.folder / "unet.pt", args.lr or 1e-3, args.minutes, rank, steps=args.steps)
     data = load_cache(args.folder)
-    generator = torch.Generator().manual_seed(1000 * args.seed + 10 * trainer.step + rank)
+    generator = _seed(args, rank, trainer.step)
     while (share := trainer.progress()) < 1:
         index = torch.randint(len(data["latents"]), (args.batch,), generator=generator)
         batch = {key: value[index].to(device) for key, value in data.items()}
@@ -332,6 +364,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--folder", type=Path, default=Path("demo/training"), help="checkpoints and cache")
     parser.add_argument("--minutes", type=float, default=60, help="wall-clock time of this run")
+    parser.add_argument("--steps", type=int, default=None, help="train to this step instead: repeatable")
+    parser.add_argument("--start", type=Path, default=None, help="begin from an exported file's weights")
     parser.add_argument("--clips", type=int, default=5120)
     parser.add_argument("--batch", type=int, default=4, help="clips a worker and step")
     parser.add_argument("--lr", type=float, default=None)
