@@ -103,7 +103,9 @@ PAPER = VideoshopSettings(
 
 # The authors' released code (run.py, model_utils.py, euler_discrete_inverse.py): per-frame whitening, a whitened
 # condition in the inversion only, threshold 1.0 on the lower level, one fixed noise below it, guidance 1 then a flat
-# 4, fresh augmentation noise of 0.2.
+# 4, fresh augmentation noise of 0.2. What differs from it still: their fixed noise is scaled by the whitened clip's
+# deviation (within 2e-5 of 1 at SVD's size); the picture is prepared for CLIP bicubically (theirs: bilinear); clips
+# are not stretched to 1024x576; the draws are another generator's.
 REFERENCE = VideoshopSettings(
     strength=0.55,
     guess_above="extrapolation",
