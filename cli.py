@@ -263,7 +263,8 @@ def run_benchmark(args: argparse.Namespace) -> int:
         sweep.main(args.sweep, args.clips or 8, args.seeds or "validation", args.kinds or sweep.KINDS, **common)
         return 0
     if args.only != "round-trip":
-        videoshop.main(args.clips or videoshop.MINIMUM_CLIPS, args.seeds or "test", args.kinds or EDITS, **common)
+        clips, kinds = args.clips or videoshop.MINIMUM_CLIPS, args.kinds or EDITS
+        videoshop.main(clips, args.seeds or "test", kinds, in_turn=args.in_turn, **common)
     if args.only != "edits":
         round_trip.main(args.clips or 16, args.seeds or "test", **common)
     return 0
@@ -333,6 +334,7 @@ def build_parser() -> Parser:
     bench.add_argument(
         "--kinds", nargs="+", choices=EDITS, help="videoshop: kinds of edit (default: all; of a sweep two)"
     )
+    bench.add_argument("--in-turn", action="store_true", help="videoshop: one kind a clip, a sixth of the time")
     bench.add_argument("--only", choices=("edits", "round-trip"), help="videoshop: one part")
     bench.add_argument(
         "--sweep", nargs="*", metavar="SETTING=A,B", help="videoshop: rank all combinations; none named: one at a time"

@@ -127,11 +127,14 @@ class Job:
     with_flow: bool = True
 
 
-def jobs(seeds: list[int], kinds: tuple[str, ...], variants: list[Variant], with_flow: bool = True) -> list[Job]:
-    """All work, clip by clip, in pieces that share nothing."""
+def jobs(
+    seeds: list[int], kinds: tuple[str, ...], variants: list[Variant], with_flow: bool = True, in_turn: bool = False
+) -> list[Job]:
+    """All work, clip by clip, in pieces that share nothing. in_turn: one kind of edit a clip instead of all of them."""
     ordered = sorted(variants, key=lambda variant: repr(variant.shared))
     groups = [tuple(group) for _, group in groupby(ordered, key=lambda variant: variant.shared)]
-    return [Job(seed, kinds, group, with_flow) for seed in seeds for group in ((), *groups)]
+    of_clip = [(kinds[i % len(kinds)],) if in_turn else kinds for i in range(len(seeds))]
+    return [Job(seed, of, group, with_flow) for seed, of in zip(seeds, of_clip) for group in ((), *groups)]
 
 
 @torch.no_grad()

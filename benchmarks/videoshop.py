@@ -87,6 +87,7 @@ def report(records: Sequence[Record], names: Sequence[str], seeds: str) -> str:
     """All tables as Markdown: the mean over the kinds of edit, then each kind."""
     kinds = [kind for kind in EDITS if any(record["kind"] == kind for record in records)]
     clips = len({record["seed"] for record in records})
+    pairs = len({(record["seed"], record["kind"]) for record in records})
     rows = [*REFERENCES, *names]
     text = (
         f"# Videoshop on the synthetic world\n\n{clips} clips of {seeds} seeds with unpredictable motion, "
@@ -96,6 +97,8 @@ def report(records: Sequence[Record], names: Sequence[str], seeds: str) -> str:
     )
     if "remove" in kinds:
         text += "\nWhere the object is removed, a static edited frame IS the true edit: that row says nothing there.\n"
+    if pairs < clips * len(kinds):
+        text += "\nOne kind of edit a clip, the kinds in turn (`--in-turn`).\n"
     if clips < MINIMUM_CLIPS:
         text += f"\nFewer than {MINIMUM_CLIPS} clips: a lead, not a result.\n"
     if len(kinds) > 1:
@@ -121,11 +124,15 @@ def main(
     output: Path = runner.RESULTS,
     load: Callable[[], Any] = runner.embedded_pipeline,
     chosen: Sequence[Variant] | None = None,
+    in_turn: bool = False,
 ) -> list[Record]:
-    """Edit, measure, print and save. chosen: the variants, all of `variants()` by default."""
+    """Edit, measure, print and save. chosen: the variants, all of `variants()` by default.
+
+    in_turn: each clip gets one kind of edit, the kinds in turn, which takes a sixth of the time.
+    """
     chosen = list(chosen or variants())
     numbers = [SEEDS[seeds] + index for index in range(clips)]
-    work_list = jobs(numbers, tuple(kinds), chosen, has_flow())
+    work_list = jobs(numbers, tuple(kinds), chosen, has_flow(), in_turn)
     kept = output / "videoshop.partial.jsonl"
     parts = runner.run(work, work_list, "videoshop", workers, load, kept)
     records = [record for part in parts for record in part]

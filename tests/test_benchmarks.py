@@ -170,6 +170,15 @@ def test_variants_share_inversions_but_not_results(pipeline):
     assert by_name["true edit"]["psnr_edit"] == PSNR_CAP
 
 
+def test_in_turn_each_clip_gets_one_kind_of_edit_and_none_is_left_out():
+    work_list = editing.jobs([5, 6, 7], ("recolour", "add"), [editing.Variant("a", PAPER)], in_turn=True)
+    assert [(job.seed, job.kinds) for job in work_list if job.variants] == [
+        (5, ("recolour",)),
+        (6, ("add",)),
+        (7, ("recolour",)),
+    ]
+
+
 # --- the gates --------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""The training script: its loss is the EDM loss of the sampler's own preconditioning, and it resumes where it stopped."""
+"""The training script: its loss is EDM's in the sampler's own preconditioning, and it resumes where it stopped."""
 
 import math
 from types import SimpleNamespace
