@@ -104,7 +104,7 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
     """Check and read all input, and say what is trimmed, resampled, resized or left out. Loads no model."""
     check_output(args)
     settings, facts = edit_settings(args), model_facts(args.model)
-    count = args.frames or facts.frames
+    count = facts.frames if args.frames is None else args.frames
     if count < 2:
         raise ValueError(f"got --frames {count}; a clip has at least 2")
     read = read_video(args.clip, frames=count, fps=args.fps)
@@ -285,15 +285,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"rewind: {message} (see {self.prog} --help)\n")
 
 
-def build_parser() -> Parser:
-    parser = Parser(prog="rewind", description="Rewind a clip to noise, change one frame, play it again.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | edit | benchmark")
-
-    demo = commands.add_parser("demo", help="edit the shipped clip with the embedded model; takes less than a minute")
-    demo.add_argument("-o", "--output", type=Path, default=Path("output/demo"), help="folder (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.set_defaults(run=run_demo)
-
+def add_edit(commands: Any) -> None:
     edit = commands.add_parser("edit", help="carry the edit of a clip's first frame through the clip")
     edit.add_argument("clip", type=Path, metavar="CLIP.mp4")
     edit.add_argument("edited", type=Path, metavar="EDITED.png", help="the clip's first frame after your edit")
@@ -327,6 +319,8 @@ def build_parser() -> Parser:
     edit.add_argument("--force", action="store_true", help="overwrite the output")
     edit.set_defaults(run=run_edit)
 
+
+def add_benchmark(commands: Any) -> None:
     bench = commands.add_parser("benchmark", help="measure against the synthetic world's known answers")
     bench.add_argument("what", choices=("model", "videoshop", "cost"))
     bench.add_argument("--clips", type=int, help="default: model 64, videoshop 32 (round trip 16), sweep 8")
@@ -347,6 +341,19 @@ def build_parser() -> Parser:
         "-o", "--output", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)"
     )
     bench.set_defaults(run=run_benchmark)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="rewind", description="Rewind a clip to noise, change one frame, play it again.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | edit | benchmark")
+
+    demo = commands.add_parser("demo", help="edit the shipped clip with the embedded model; takes less than a minute")
+    demo.add_argument("-o", "--output", type=Path, default=Path("output/demo"), help="folder (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=run_demo)
+
+    add_edit(commands)
+    add_benchmark(commands)
     return parser
 
 

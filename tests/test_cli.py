@@ -164,6 +164,7 @@ def only_image(folder):
         (None, ["--size", "0x96"], "both sides must be multiples of"),
         (None, ["--size", "wide"], "--size"),
         (None, ["--frames", "1"], "at least 2"),
+        (None, ["--frames", "0"], "at least 2"),
         (None, ["--fps", "0"], "fps"),
         (None, ["--steps", "0"], "steps"),
         (None, ["--strength", "1.5"], "strength"),
