@@ -44,6 +44,78 @@ def check_same_shape(clip: Tensor, edited_frame: Tensor) -> None:
         )
 
 
+def _size_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "width",
+            default=1024,
+            min=64,
+            max=8192,
+            step=8,
+            tooltip="Width at which the model works. Larger keeps more detail and takes more memory and "
+            "time; far from 1024 Stable Video Diffusion draws worse, hence the default.",
+        ),
+        io.Int.Input(
+            "height",
+            default=576,
+            min=64,
+            max=8192,
+            step=8,
+            tooltip="Height at which the model works. Keep the clip's proportions, or its sides are cropped; "
+            "576 is what Stable Video Diffusion was trained on.",
+        ),
+    ]
+
+
+def _model_inputs() -> list[io.Input]:
+    """What the model is told of the clip."""
+    return [
+        io.Int.Input(
+            "fps",
+            default=DEFAULT.fps,
+            min=1,
+            max=120,
+            tooltip="Frames a second the model believes in: higher makes it expect smaller steps of motion. "
+            "It was trained on clips of about 7, whatever the clip's own rate.",
+        ),
+        io.Int.Input(
+            "motion_bucket_id",
+            default=DEFAULT.motion_bucket,
+            min=1,
+            max=1023,
+            tooltip="How much motion the model expects: raise it for lively clips, lower it for calm ones. "
+            "The motion itself comes from the inversion, so the middle value is a safe default.",
+        ),
+        io.Float.Input(
+            "augmentation_level",
+            default=DEFAULT.augmentation,
+            min=0.0,
+            max=10.0,
+            step=0.01,
+            tooltip="Noise on the first frame, in the model's own pixel range -1 to 1. Higher binds the "
+            "result less to the frame; 0 binds it most. The default is the model's own; the paper's code "
+            "uses 0.2.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="Draws the augmentation noise, the same one for both pairs. Any value is as good as "
+            "another; without augmentation it changes nothing.",
+        ),
+        io.Boolean.Input(
+            "whitened_condition",
+            default=DEFAULT.normalise_condition,
+            optional=True,
+            extra_dict=ADVANCED,
+            tooltip="On, the source frame's latent is whitened as in the paper's released code, in the "
+            "source pair alone; the two pairs then no longer match. Off, they differ by the edit alone.",
+        ),
+    ]
+
+
 class VideoshopConditioning(io.ComfyNode):
     """Both pairs of conditions, and the latents of the clip and of the edited frame."""
 
@@ -71,68 +143,8 @@ class VideoshopConditioning(io.ComfyNode):
                     tooltip="The clip's FIRST frame after your edit, one image of the clip's proportions. Change "
                     "only what is to change: the nearer the rest is to the source, the better the edit follows.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=1024,
-                    min=64,
-                    max=8192,
-                    step=8,
-                    tooltip="Width at which the model works. Larger keeps more detail and takes more memory and "
-                    "time; far from 1024 Stable Video Diffusion draws worse, hence the default.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=576,
-                    min=64,
-                    max=8192,
-                    step=8,
-                    tooltip="Height at which the model works. Keep the clip's proportions, or its sides are cropped; "
-                    "576 is what Stable Video Diffusion was trained on.",
-                ),
-                io.Int.Input(
-                    "fps",
-                    default=DEFAULT.fps,
-                    min=1,
-                    max=120,
-                    tooltip="Frames a second the model believes in: higher makes it expect smaller steps of motion. "
-                    "It was trained on clips of about 7, whatever the clip's own rate.",
-                ),
-                io.Int.Input(
-                    "motion_bucket_id",
-                    default=DEFAULT.motion_bucket,
-                    min=1,
-                    max=1023,
-                    tooltip="How much motion the model expects: raise it for lively clips, lower it for calm ones. "
-                    "The motion itself comes from the inversion, so the middle value is a safe default.",
-                ),
-                io.Float.Input(
-                    "augmentation_level",
-                    default=DEFAULT.augmentation,
-                    min=0.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Noise on the first frame, in the model's own pixel range -1 to 1. Higher binds the "
-                    "result less to the frame; 0 binds it most. The default is the model's own; the paper's code "
-                    "uses 0.2.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Draws the augmentation noise, the same one for both pairs. Any value is as good as "
-                    "another; without augmentation it changes nothing.",
-                ),
-                io.Boolean.Input(
-                    "whitened_condition",
-                    default=DEFAULT.normalise_condition,
-                    optional=True,
-                    extra_dict=ADVANCED,
-                    tooltip="On, the source frame's latent is whitened as in the paper's released code, in the "
-                    "source pair alone; the two pairs then no longer match. Off, both are treated alike, which "
-                    "returns a clip better.",
-                ),
+                *_size_inputs(),
+                *_model_inputs(),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -211,7 +223,8 @@ class LatentNormalize(io.ComfyNode):
                     options=list(NORMALISATIONS),
                     default=DEFAULT.normalise,
                     tooltip='"channel" divides each channel by its spread over all frames (the paper); "frame" '
-                    'centres and scales each frame as a whole (the paper\'s released code); "off" changes nothing.',
+                    'centres and scales each frame as a whole (the paper\'s released code); "off" changes nothing. '
+                    "The default edits the validation clips of the embedded model best.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -267,7 +280,8 @@ class LatentRescale(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="1 matches the edited frame fully, as in the paper; lower matches less; 0 changes nothing.",
+                    tooltip="1 matches the edited frame fully, as in the paper; lower matches less; 0 changes "
+                    "nothing. The default edits the validation clips of the embedded model best.",
                 ),
             ],
             outputs=[

@@ -28,7 +28,8 @@ def _guess_inputs() -> list[io.Input]:
             default=DEFAULT.guess_above,
             tooltip='What the network is shown above the threshold. "extrapolation" carries the noise found so far '
             'on (the paper), "last_direction" carries the last step on (returns a clip best), "random" shows '
-            'fresh noise, "current" shows the lower level itself (naive inversion).',
+            'fresh noise, "current" shows the lower level itself (naive inversion). The default edits the validation '
+            "clips of the embedded model best.",
         ),
         io.Combo.Input(
             "guess_below",
@@ -44,7 +45,8 @@ def _guess_inputs() -> list[io.Input]:
             max=1000.0,
             step=0.01,
             tooltip="Noise-to-signal ratio at which the second guess hands over to the first. Raise it to use "
-            "guess_below longer, lower it to use guess_above earlier; 1 (as much noise as signal) is the paper's.",
+            "guess_below longer, lower it to use guess_above earlier; 1 (as much noise as signal) is what the "
+            "authors' code takes.",
         ),
         io.Int.Input(
             "refine",
@@ -69,6 +71,23 @@ def _damping_input() -> io.Input:
         tooltip="Share of the old value that a repetition (refine) keeps. Higher is steadier and slower, 0 moves all "
         "the way and may swing to and fro at medium noise; 0.5 converged on every model tried.",
     )
+
+
+def _inversion_outputs() -> list[io.Output]:
+    return [
+        io.Latent.Output(
+            "latent",
+            tooltip="The inverted clip, at the first of the SIGMAS. A sampler with DisableNoise takes it for "
+            "SVD and Stable Diffusion; on every family the NOISE does.",
+        ),
+        io.Sigmas.Output("sigmas", tooltip="The noise levels to come back on. Other ones do not return the clip."),
+        io.Noise.Output(
+            "noise",
+            tooltip="Starts SamplerCustomAdvanced exactly at the inverted clip, for every family of models. "
+            "Connect an EMPTY latent of the clip's size beside it, and the euler sampler.",
+        ),
+        InversionType.Output("inversion", tooltip="All of it in one: connect to SVD Denoise and the checks."),
+    ]
 
 
 class EDMInversion(io.ComfyNode):
@@ -96,7 +115,7 @@ class EDMInversion(io.ComfyNode):
                     "sigmas",
                     tooltip="Noise levels as a scheduler gives them, falling to 0 (never through FlipSigmas); for "
                     "SVD BasicScheduler with karras. More steps return the clip more exactly and take longer; 25 is "
-                    "the paper's.",
+                    "what the authors' code takes.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -105,7 +124,8 @@ class EDMInversion(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Share of the steps to rewind. Lower keeps more of the source and takes fewer steps, "
-                    "higher lets the edit change more.",
+                    "higher lets the edit change more. The default edits the validation clips of the embedded model "
+                    "best.",
                 ),
                 *_guess_inputs(),
                 io.Int.Input(
@@ -131,26 +151,11 @@ class EDMInversion(io.ComfyNode):
                     optional=True,
                     extra_dict=ADVANCED,
                     tooltip="Guidance during the inversion. Above 1 each step costs twice as much and returns the clip "
-                    "less exactly; 1 is the paper's.",
+                    "less exactly; 1, no guidance, is what the authors' code takes.",
                 ),
                 _damping_input(),
             ],
-            outputs=[
-                io.Latent.Output(
-                    "latent",
-                    tooltip="The inverted clip, at the first of the SIGMAS. A sampler with DisableNoise takes it for "
-                    "SVD and Stable Diffusion; on every family the NOISE does.",
-                ),
-                io.Sigmas.Output(
-                    "sigmas", tooltip="The noise levels to come back on. Other ones do not return the clip."
-                ),
-                io.Noise.Output(
-                    "noise",
-                    tooltip="Starts SamplerCustomAdvanced exactly at the inverted clip, for every family of models. "
-                    "Connect an EMPTY latent of the clip's size beside it, and the euler sampler.",
-                ),
-                InversionType.Output("inversion", tooltip="All of it in one: connect to SVD Denoise and the checks."),
-            ],
+            outputs=_inversion_outputs(),
         )
 
     @classmethod
@@ -248,6 +253,33 @@ class EDMInversionSampler(io.ComfyNode):
         )
 
 
+def _interval_inputs() -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "guidance_from",
+            default=0.0,
+            min=0.0,
+            max=1000.0,
+            step=0.01,
+            optional=True,
+            extra_dict=ADVANCED,
+            tooltip="Lowest sigma at which guidance applies. Raised, the last steps go without and cost "
+            "half; 0 guides to the end.",
+        ),
+        io.Float.Input(
+            "guidance_to",
+            default=1000.0,
+            min=0.0,
+            max=1000.0,
+            step=0.01,
+            optional=True,
+            extra_dict=ADVANCED,
+            tooltip="Highest sigma at which guidance applies. Lowered, the first steps go without and cost "
+            "half; the default is above every noise level.",
+        ),
+    ]
+
+
 class SVDDenoise(io.ComfyNode):
     """An inverted clip played again with the edited first frame."""
 
@@ -282,7 +314,8 @@ class SVDDenoise(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     tooltip="Guidance on the last frame, where the edit fades most: raise it if the edit is lost on "
-                    "the way, lower it if the motion is.",
+                    "the way, lower it if the motion is. The default edits the validation clips of the embedded "
+                    "model best.",
                 ),
                 io.Boolean.Input(
                     "denormalize",
@@ -290,28 +323,7 @@ class SVDDenoise(io.ComfyNode):
                     tooltip="Undoes Latent Normalize at the end. On unless Latent Rescale is to do all of it, as in "
                     "the paper's released code; without a Latent Normalize it changes nothing.",
                 ),
-                io.Float.Input(
-                    "guidance_from",
-                    default=0.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.01,
-                    optional=True,
-                    extra_dict=ADVANCED,
-                    tooltip="Lowest sigma at which guidance applies. Raised, the last steps go without and cost "
-                    "half; 0 guides to the end.",
-                ),
-                io.Float.Input(
-                    "guidance_to",
-                    default=1000.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.01,
-                    optional=True,
-                    extra_dict=ADVANCED,
-                    tooltip="Highest sigma at which guidance applies. Lowered, the first steps go without and cost "
-                    "half; the default is above every noise level.",
-                ),
+                *_interval_inputs(),
             ],
             outputs=[io.Latent.Output("latent", tooltip="The edited clip: connect to Latent Rescale.")],
         )
