@@ -102,6 +102,7 @@ def test_a_single_value_has_no_deviation():
     for kind in ("channel", "frame"):
         y, applied = normalise(torch.full((1, 1, 1, 1), 2.0), kind)
         assert torch.isfinite(y).all() and applied.undo(y).item() == 2.0
+    assert rescale(torch.full((2, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 5.0)).tolist() == [[[[5.0]]]] * 2
 
 
 # --- rescaling -------------------------------------------------------------------------------------------------------
