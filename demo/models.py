@@ -49,10 +49,11 @@ class ImageToVideoConfig:
 
 def build_unet(config: ImageToVideoConfig = ImageToVideoConfig()):
     """diffusers' UNetSpatioTemporalConditionModel with fresh weights, attention at every level."""
+    import torch
     from diffusers import UNetSpatioTemporalConditionModel
 
     levels = len(config.unet_channels)
-    return UNetSpatioTemporalConditionModel(
+    unet = UNetSpatioTemporalConditionModel(
         sample_size=config.size // 8,
         in_channels=8,
         out_channels=4,
@@ -66,10 +67,17 @@ def build_unet(config: ImageToVideoConfig = ImageToVideoConfig()):
         num_attention_heads=tuple(c // config.head_channels for c in config.unet_channels),
         num_frames=config.frames,
     )
+    # diffusers builds the ResNets of these blocks with an epsilon of 1e-6; SVD's own, the host's and diffusers' middle
+    # block have 1e-5.
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.GroupNorm) and "resnets" in name:
+            module.eps = 1e-5
+    return unet
 
 
 def build_vae(config: ImageToVideoConfig = ImageToVideoConfig()):
     """diffusers' AutoencoderKLTemporalDecoder with fresh weights, one ResNet a level."""
+    import torch
     from diffusers import AutoencoderKLTemporalDecoder
     from diffusers.models.unets.unet_3d_blocks import MidBlockTemporalDecoder
 
@@ -87,8 +95,6 @@ def build_vae(config: ImageToVideoConfig = ImageToVideoConfig()):
         num_layers=2, in_channels=channels[-1], out_channels=channels[-1], attention_head_dim=channels[-1]
     )
     # SVD's own checkpoint has no quant_conv: here it is the identity and is never stored.
-    import torch
-
     vae.quant_conv.weight.data = torch.eye(8)[:, :, None, None]
     vae.quant_conv.bias.data.zero_()
     vae.quant_conv.requires_grad_(False)
