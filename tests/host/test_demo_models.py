@@ -5,16 +5,21 @@ from __future__ import annotations
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file
 
 FRAMES = 3
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
-@pytest.fixture(scope="module")
-def faces(host):
-    """(MODEL, CLIP_VISION, VAE) of the host and (unet, vae, image_encoder) of diffusers, from one random checkpoint."""
+@pytest.fixture(scope="module", params=["random", "stored"])
+def faces(host, request):
+    """(MODEL, CLIP_VISION, VAE) of the host and (unet, vae, image_encoder) of diffusers, from one checkpoint."""
     demo, keys, builders = host.module("demo.models"), host.module("demo.keys"), host.module("nodes.host.models")
-    config, checkpoint = demo.ImageToVideoConfig(), tiny_models.checkpoint(host, seed=5)
+    config = demo.ImageToVideoConfig()
+    if request.param == "random":
+        checkpoint = tiny_models.checkpoint(host, seed=5)
+    else:
+        checkpoint = {name: tensor.float() for name, tensor in load_file(demo.WEIGHTS).items()}
     parts = keys.split_checkpoint(checkpoint)
     ours = (
         builders.build_model(parts["unet"], config),
