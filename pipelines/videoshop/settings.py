@@ -18,8 +18,8 @@ class VideoshopSettings:
     """How a clip is rewound and played again. Raises ValueError for a value out of range.
 
     steps, sigma_min, sigma_max, rho: the Karras schedule; SVD's by default.
-    strength: the share of the schedule that is rewound, 0..1; 1 goes to pure noise, 0.55 of 25 steps to sigma 15.6.
-        Higher leaves the edit more room, lower holds closer to the source.
+    strength: the share of the schedule that is rewound, 0..1; 1 goes to pure noise, 0.55 of 25 steps to sigma 15.6,
+        0.76 to 135. Higher leaves the edit more room, lower holds closer to the source.
     guess_above, guess_below, threshold, refine, damping, tolerance: see `sample_edm_inversion`.
     normalise: "channel" (paper), "frame" (the authors' code) or "off"; see `latents.normalise`.
     normalise_condition: whiten the SOURCE condition in the inversion only (the authors' code).
@@ -34,7 +34,7 @@ class VideoshopSettings:
     """
 
     steps: int = 25
-    strength: float = 0.55
+    strength: float = 0.76
     sigma_min: float = 0.002
     sigma_max: float = 700.0
     rho: float = 7.0
@@ -88,7 +88,8 @@ class VideoshopSettings:
                 raise ValueError(message)
 
 
-# What the validation seeds of the embedded model show best for edits (benchmarks/videoshop.py).
+# What the validation seeds of the embedded model show best for edits, at no more network evaluations than the reference
+# takes (`rewind benchmark videoshop --sweep`; benchmarks/results/sweep.md).
 DEFAULT = VideoshopSettings()
 
 # The paper's method, as far as it is known: rewound to pure noise, extrapolation above the threshold and the random
