@@ -252,6 +252,17 @@ def test_generating_from_noise_needs_no_source(pipeline):
     assert relative(pipeline.image_to_video(EDITED, PLAIN, generator(1), frames=3), latents) > 0.1
 
 
+@torch.no_grad()
+def test_generation_starts_from_noise_of_the_top_levels_variance(pipeline):
+    """In one step the result is the denoised start, n sqrt(sigma^2 + 1) (diffusers' and the host's own scale)."""
+    settings = replace(PLAIN, steps=1, sigma_max=3.0, augmentation=0.0)
+    draws = generator()
+    torch.randn(EDITED.shape, generator=draws)  # the augmentation's
+    start = torch.randn(3, 4, 4, 6, generator=draws) * 10**0.5
+    wanted = pipeline.condition(EDITED, settings)(start, torch.full((3,), 3.0))
+    torch.testing.assert_close(pipeline.image_to_video(EDITED, settings, generator(), frames=3), wanted)
+
+
 # --- other numbers of frames, sizes and types ------------------------------------------------------------------------
 
 
