@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-import torch
 from comfy_api.latest import InputImpl, Types, io
-from torch import Tensor
 
-from ..demo.world import EDITS, Scene, edit, edited_region, render, sample
+from ..demo.clip import example
+from ..demo.world import EDITS
 from ..pipelines.videoshop.settings import DEFAULT
 from .host.models import load_demo_models
 from .host.schema import Schema
@@ -85,20 +84,7 @@ class DemoClip(io.ComfyNode):
 
     @classmethod
     def execute(cls, edit: str, seed: int) -> io.NodeOutput:
-        source, target, region = demo_clip(edit, seed)
+        chosen = example(seed, edit)
+        source, target = (frames.movedim(1, -1).contiguous() for frames in (chosen.source, chosen.target))
         video = InputImpl.VideoFromComponents(Types.VideoComponents(images=source, frame_rate=Fraction(DEFAULT.fps)))
-        return io.NodeOutput(video, target[:1], target, region)
-
-
-def demo_scenes(kind: str, seed: int) -> tuple[Scene, Scene]:
-    """What the source clip and its true edit are drawn from; its motion cannot be guessed from the first frame."""
-    generator = torch.Generator().manual_seed(seed)
-    scene = sample(1, generator, motion="unpredictable", editable=True)
-    return scene, edit(scene, kind, generator)
-
-
-def demo_clip(kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The source clip and its true edit, [T, H, W, 3] in 0..1, and where the edit may show, [T, H, W]."""
-    (source, source_mask), (target, target_mask) = (render(scene) for scene in demo_scenes(kind, seed))
-    region = edited_region(source_mask, target_mask, kind)
-    return source[0].movedim(1, -1).contiguous(), target[0].movedim(1, -1).contiguous(), region[0]
+        return io.NodeOutput(video, target[:1], target, chosen.region)

@@ -24,8 +24,8 @@ def models(host):
 
 @pytest.fixture(scope="module")
 def clip(host):
-    source, target, _ = host.module("nodes.demo").demo_clip("recolour", 5)
-    return source[:FRAMES], target[:FRAMES]
+    chosen = host.module("demo.clip").example(5, "recolour")
+    return tuple(frames[:FRAMES].movedim(1, -1) for frames in (chosen.source, chosen.target))
 
 
 @pytest.fixture(scope="module")

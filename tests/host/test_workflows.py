@@ -136,11 +136,9 @@ def test_videoshop_shows_the_known_answer(host, trained, videoshop):
     if not trained:
         pytest.skip("the embedded model's weights are not there: with random ones the frames mean nothing")
     prompt, _, result, _ = videoshop
-    demo, metrics = host.module("nodes.demo"), host.module("pipelines.evaluation.metrics")
-    clip = prompt[node_of(prompt, "RewindDemoClip")]["inputs"]
-    source, target, region = demo.demo_clip(clip["edit"], clip["seed"])
-    _, mask = host.module("demo.world").render(demo.demo_scenes(clip["edit"], clip["seed"])[1])
-    result, source, target = (x.movedim(-1, 1) for x in (result, source, target))
+    metrics, clip = host.module("pipelines.evaluation.metrics"), prompt[node_of(prompt, "RewindDemoClip")]["inputs"]
+    truth = host.module("demo.clip").example(clip["seed"], clip["edit"])
+    result, source, target, region = result.movedim(-1, 1), truth.source, truth.target, truth.region
     static, untouched = target[:1].expand_as(target), 1 - region
     # That the edit went through the whole clip and nothing else changed. How well, `rewind benchmark` tells over many
     # clips; THRESHOLDS to be raised to what the final weights reach.
@@ -148,7 +146,7 @@ def test_videoshop_shows_the_known_answer(host, trained, videoshop):
     assert edit >= metrics.psnr(source, target, region) + 3
     assert edit >= metrics.psnr(static, target, region)
     assert metrics.psnr(result, source, untouched) >= 20
-    transfer = metrics.colour_transfer(result, source, target, mask[0])
+    transfer = metrics.colour_transfer(result, source, target, truth.target_mask)
     assert float(transfer.mean()) >= 0.6 and float(transfer[-1]) >= 0.4
 
 
