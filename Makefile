@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint format setup clean
+.PHONY: demo test test-all lint format freeze setup clean
 
 demo: setup
 	$(BIN)/rewind demo
@@ -21,6 +21,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Before a release: keep this version's workflows as fixtures, so that later versions still load them.
+freeze: setup
+	$(BIN)/python tests/support/freeze.py
 
 setup: $(VENV)/.installed
 
