@@ -14,6 +14,7 @@ from pathlib import Path
 import comfy_host
 import host_state
 import pytest
+import tiny_models
 
 HOST = os.environ.get("REWIND_HOST")
 
@@ -46,3 +47,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[comfy_host.Serv
     running = comfy_host.Server(Path(HOST), tmp_path_factory.mktemp("server"))
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def trained(host: comfy_host.Host, server: comfy_host.Server) -> bool:
+    """Whether the embedded model's trained weights are there; random ones are put in their place otherwise."""
+    tiny_models.ensure_weights(host, host.pack)
+    return tiny_models.ensure_weights(host, server.base / "custom_nodes" / comfy_host.PACK_NAME)

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from urllib.parse import urlencode
 
 import comfy_host
-import numpy as np
 import pytest
-import tiny_models
 import torch
-from graph import NOTES, to_api
+from graph import LOADERS, NOTES, flatten, link_ends, to_api
 from PIL import Image
+from results import frames, node_of
 
 FOLDER = comfy_host.ROOT / "workflows"
-OWN = ["videoshop", "videoshop_round_trip", "videoshop_custom_sampler"]  # on the embedded model
-LOADERS = {
-    "RewindDemoImageToVideo",
-    "RewindDemoClip",
-    "ImageOnlyCheckpointLoader",
-    "LoadVideo",
-    "LoadImage",
-}
 MAY_DIFFER = {"width", "height", "length", "fps", "steps"}
 
 
@@ -30,47 +20,12 @@ def read(name: str) -> dict:
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def link_ends(workflow: dict) -> dict[tuple, tuple]:
-    """Each link's end (node type and title, input) and its start (node type, output name), without the loaders' ids."""
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-
-    def label(node: dict) -> str:
-        return "a loader" if node["type"] in LOADERS else f"{node['type']} {node.get('title', '')}"
-
-    ends = {}
-    for _, start, output, end, entry, kind in workflow["links"]:
-        source = nodes[start]
-        name = kind if source["type"] in LOADERS else source["outputs"][output]["name"]
-        ends[label(nodes[end]), nodes[end]["inputs"][entry]["name"]] = (label(source), name)
-    return ends
-
-
-@pytest.fixture(scope="module")
-def trained(host, server):
-    """Whether the embedded model's trained weights are there; random ones are put in their place otherwise."""
-    tiny_models.ensure_weights(host, host.pack)
-    return tiny_models.ensure_weights(host, server.base / "custom_nodes" / comfy_host.PACK_NAME)
-
-
-def frames(server, history: dict, node: str) -> torch.Tensor:
-    """The pictures that a PreviewImage node showed, [T, H, W, 3] in 0..1."""
-    pictures = []
-    for entry in history["outputs"][node]["images"]:
-        data = server.get_bytes("/view?" + urlencode({key: entry[key] for key in ("filename", "subfolder", "type")}))
-        pictures.append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float32) / 255)
-    return torch.from_numpy(np.stack(pictures))
-
-
-def node_of(prompt: dict, kind: str) -> str:
-    (found,) = [number for number, node in prompt.items() if node["class_type"] == kind]
-    return found
-
-
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.json")))
 def test_graphs_hold_only_what_every_host_has(host, name):
     workflow = read(name)
-    assert len(workflow["nodes"]) <= 20
-    kinds = {node["type"] for node in workflow["nodes"]}
+    for level in (workflow, *workflow.get("definitions", {}).get("subgraphs", [])):
+        assert len(level["nodes"]) <= 20
+    kinds = {node["type"] for node in flatten(workflow)["nodes"]}
     assert kinds - NOTES <= host.nodes_before | set(host.own_nodes())
     (note,) = [node for node in workflow["nodes"] if node["type"] in NOTES]
     assert "Three settings" in note["widgets_values"][0]
