@@ -48,6 +48,13 @@ def test_a_released_version_is_left_alone(project):
     assert (project / freeze.FIXTURES / "1.2.0" / "a.json").read_text() == "{}"
 
 
+def test_what_stands_against_publishing(project):
+    assert freeze.unready(project) == ["a.json is only in workflows: make freeze", "the CHANGELOG gives 1.2.0 no date"]
+    freeze.freeze(project)
+    (project / "CHANGELOG.md").write_text("## [1.2.0] - 2026-02-28\n")
+    assert freeze.unready(project) == []
+
+
 def test_the_project_has_a_version_that_the_changelog_names():
     text = (freeze.ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{freeze.version()}] - " in text

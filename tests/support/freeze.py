@@ -41,6 +41,14 @@ def differences(root: Path = ROOT) -> list[str]:
     return found
 
 
+def unready(root: Path = ROOT) -> list[str]:
+    """What stands against publishing this version, in words."""
+    found = [f"{line}: make freeze" for line in differences(root)]
+    if version(root) not in released(root):
+        found.append(f"the CHANGELOG gives {version(root)} no date")
+    return found
+
+
 def freeze(root: Path = ROOT) -> int:
     """Copy workflows/*.json to this version's folder, in place of what is there; how many."""
     if version(root) in released(root):
@@ -58,11 +66,12 @@ def freeze(root: Path = ROOT) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the copies are not up to date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if this version is not to be published"
+    )
     if parser.parse_args().check:
-        found = differences()
-        for line in found:
-            print(f"{line}: make freeze", file=sys.stderr)
+        found = unready()
+        print("\n".join(found), file=sys.stderr)
         return int(bool(found))
     try:
         print(f"froze {freeze()} workflows of version {version()} in {FIXTURES / version()}")
