@@ -40,7 +40,7 @@ ALLOWED = {
 
 def sources() -> list[Path]:
     """The package's Python files, relative to its root."""
-    outside = {"docs", "web", "workflows", "locales"}
+    outside = {"docs", "web", "workflows", "subgraphs", "locales"}
     files = [
         f for f in pack_files() if f.suffix == ".py" and not f.parts[0].startswith(".") and f.parts[0] not in outside
     ]
@@ -163,10 +163,9 @@ def test_an_installed_wheel_finds_its_data(tmp_path):
     here = subprocess.check_output([sys.executable, "-c", ask], text=True).strip()
     (site / "dependencies.pth").write_text(here + "\n")
 
-    data = [
-        f for f in pack_files() if f.parts[0] in {"demo", "workflows", "web", "locales"} and f.suffix in DATA_SUFFIXES
-    ]
-    assert {"demo", "workflows"} <= {f.parts[0] for f in data}
+    folders = {"demo", "workflows", "subgraphs", "web", "locales"}
+    data = [f for f in pack_files() if f.parts[0] in folders and f.suffix in DATA_SUFFIXES]
+    assert {"demo", "workflows", "subgraphs"} <= {f.parts[0] for f in data}
     assert any(f.suffix == ".safetensors" for f in data)
     assert [str(f) for f in data if not (site / "rewind" / f).is_file()] == []
     where = subprocess.check_output([python, "-c", "import rewind; print(rewind.__file__)"], text=True, cwd=tmp_path)
