@@ -23,10 +23,12 @@ class NoisePath:
     kind: "ve": x = x0 + sigma n; "flow": x = (1 - sigma) x0 + sigma n, 0 <= sigma <= 1.
     sigma_data: of EDM's skip connection, c_skip = sigma_data^2 / (sigma^2 + sigma_data^2); None for families without
         one (EPS: D = x - sigma F; flow: D = x - sigma F), whose c_skip is 1.
+    rectified: a flow's network in VE coordinates (Cosmos): with t = sigma / (1 + sigma), D = (1 - t) x - t F.
     """
 
     kind: Literal["ve", "flow"] = "ve"
     sigma_data: float | None = None
+    rectified: bool = False
 
     def signal(self, sigma: float) -> float:
         """The factor of x0 in x at a noise level."""
@@ -39,6 +41,8 @@ class NoisePath:
 
     def c_skip(self, sigma: float) -> float:
         """The share of x in the denoised estimate D = c_skip x + c_out F(x), F being the network."""
+        if self.rectified:
+            return 1 / (1 + sigma)
         if self.sigma_data is None:
             return 1.0
         return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
@@ -47,6 +51,7 @@ class NoisePath:
 EPS = NoisePath("ve")
 V = NoisePath("ve", sigma_data=1.0)  # v-prediction, Stable Video Diffusion's EDM form among it
 FLOW = NoisePath("flow")
+COSMOS = NoisePath("ve", rectified=True)
 
 
 def EDM(sigma_data: float = 0.5) -> NoisePath:  # noqa: N802

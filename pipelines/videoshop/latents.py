@@ -44,16 +44,28 @@ def _axes(x: Tensor, kind: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Normalisation:
-    """An affine map of a clip and its inverse: apply(x) = (x - shift) / scale."""
+    """An affine map of a clip and its inverse: apply(x) = (x - shift) / scale.
+
+    Both raise ValueError for a clip of other channels or frames than the one it was made from.
+    """
 
     kind: str
     shift: Tensor
     scale: Tensor
 
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != self.scale.ndim or any(own not in (1, side) for own, side in zip(self.scale.shape, x.shape)):
+            raise ValueError(
+                f"the normalisation was made for a clip whose statistics are {tuple(self.scale.shape)}, got a clip of "
+                f"{tuple(x.shape)}: cut or join the clip before it is normalised, not after"
+            )
+
     def apply(self, x: Tensor) -> Tensor:
+        self._check(x)
         return ((x.float() - self.shift.to(x.device)) / self.scale.to(x.device)).to(x.dtype)
 
     def undo(self, x: Tensor) -> Tensor:
+        self._check(x)
         return (x.float() * self.scale.to(x.device) + self.shift.to(x.device)).to(x.dtype)
 
 
@@ -92,7 +104,8 @@ def rescale(x: Tensor, reference: Tensor, strength: float = 1.0, eps: float = 1e
     Per channel: x_out = (x - mu_0) / sigma_0 * sigma_img + mu_img, with mu_0, sigma_0 of the generated FIRST frame and
     mu_img, sigma_img of the reference's first frame (the edited picture's latents, without augmentation noise).
     x, reference: [T, C, h, w] or [B, C, T, h, w] in the same space, of equal channels. strength: 0..1, linear between
-    x and the result; 0 returns x itself. eps keeps a constant channel finite (ours; the authors' code has none here).
+    x and the result; 0 returns x itself. A channel whose first frame is constant (deviation below eps) is shifted, not
+    scaled: the frames after it would be blown up without bound (ours; the authors' code has no such guard).
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"the strength of the rescaling is {strength}; it must be 0 to 1")
@@ -108,7 +121,8 @@ def rescale(x: Tensor, reference: Tensor, strength: float = 1.0, eps: float = 1e
     first, target = (v[:1] if v.ndim == 4 else v[:, :, :1] for v in (x, reference))
     axes = _axes(x, "channel")
     (mu_0, sigma_0), (mu_img, sigma_img) = _moments(first, axes), _moments(target.to(x.device), axes)
-    scaled = (x.float() - mu_0) / sigma_0.clamp(min=eps) * sigma_img + mu_img
+    gain = torch.where(sigma_0 > eps, sigma_img / sigma_0.clamp(min=eps), torch.ones_like(sigma_0))
+    scaled = (x.float() - mu_0) * gain + mu_img
     return torch.lerp(x.float(), scaled, strength).to(x.dtype)
 
 

@@ -117,7 +117,8 @@ class VideoshopPipeline:
     ) -> VideoshopPipeline:
         """Load Stable Video Diffusion from a local folder or a hub's id in diffusers' layout.
 
-        The VAE's encoder stays in float32 where its configuration says that float16 overflows (SVD's does).
+        The VAE's encoder stays in float32 where its configuration says that float16 overflows (SVD's does). Raises
+        ValueError for a model of another kind, before any weights are read.
         """
         from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
         from transformers import CLIPVisionModelWithProjection
@@ -127,6 +128,9 @@ class VideoshopPipeline:
             (AutoencoderKLTemporalDecoder, "vae"),
             (CLIPVisionModelWithProjection, "image_encoder"),
         )
+        found = UNetSpatioTemporalConditionModel.load_config(str(path), subfolder="unet").get("_class_name")
+        if found != UNetSpatioTemporalConditionModel.__name__:
+            raise ValueError(f"{path} holds a {found}; Videoshop takes image-to-video models like SVD")
         unet, vae, image_encoder = (
             kind.from_pretrained(str(path), subfolder=name, torch_dtype=torch_dtype, variant=variant)
             .to(device)
@@ -209,6 +213,8 @@ class VideoshopPipeline:
         random direction. keep_trajectory: keep the clip at every noise level, on the CPU. progress: a bar on stderr.
         """
         check_video(video, multiple=self.multiple)
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(f"the generator is on {generator.device}; one on the CPU draws the same for every device")
         noise, fresh = torch.randn(2, *video.shape[1:], generator=generator)
         latents = self.encode(video)
         direction = torch.randn(latents.shape, generator=generator).to(latents)

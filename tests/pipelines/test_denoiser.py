@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rewind.pipelines.denoiser import EDM, EPS, FLOW, V, edm_scalings, karras_sigmas, truncate_sigmas
+from rewind.pipelines.denoiser import COSMOS, EDM, EPS, FLOW, V, edm_scalings, karras_sigmas, truncate_sigmas
 
 # 25 Karras steps of Stable Video Diffusion, as printed by the authors' scheduler, lowest first.
 SVD_LEVELS = (0.002, 0.0079, 0.0248, 0.0664, 0.157, 0.339, 0.678, 1.273, 2.269, 3.870, 6.354, 10.10, 15.59, 23.5, 34.5)
@@ -28,6 +28,7 @@ def test_c_skip():
     assert EPS.c_skip(3.0) == FLOW.c_skip(0.3) == 1
     assert V.c_skip(3.0) == pytest.approx(0.1)
     assert EDM(0.5).c_skip(1.5) == pytest.approx(0.1)
+    assert COSMOS.c_skip(3.0) == pytest.approx(0.25) and COSMOS.signal(3.0) == 1
 
 
 def test_the_scalings_keep_unit_variance():

@@ -147,6 +147,14 @@ def test_rescaling_a_constant_channel_gives_no_nan():
     torch.testing.assert_close(result[:, 2], reference[0, 2].mean().expand(6, 5, 7))
 
 
+def test_a_channel_that_is_constant_in_the_first_frame_alone_is_shifted_not_blown_up():
+    x, reference = varied(SHAPES["4-D"]), varied(SHAPES["4-D"], seed=8)
+    x[0, 2] = 2.5
+    result = rescale(x, reference)
+    torch.testing.assert_close(result[:, 2], x[:, 2] - 2.5 + reference[0, 2].mean())
+    torch.testing.assert_close(result[:, :2], rescale(x[:, :2], reference[:, :2]))
+
+
 def test_rescaling_forgets_a_channel_normalisation_before_it():
     """So the paper's method need not undo its normalisation: the two are affine, channel by channel."""
     x, reference = varied(SHAPES["4-D"]), varied(SHAPES["4-D"], seed=8)
@@ -224,6 +232,11 @@ def test_the_longer_side_is_rounded_as_the_host_does():
         (lambda x: normalise(x * math.inf, "off"), "NaN or infinite"),
         (lambda x: normalise(x[0]), r"shape \(4, 5, 7\); a clip is"),
         (lambda x: normalise(x[:0]), r"empty latent of shape \(0, 4, 5, 7\)"),
+        (
+            lambda x: normalise(x, "frame")[1].undo(x[:3]),
+            r"are \(6, 1, 1, 1\), got a clip of \(3, 4, 5, 7\)",
+        ),
+        (lambda x: normalise(x)[1].apply(x[:, :2]), "before it is normalised, not after"),
         (lambda x: rescale(x, x, -0.1), "strength of the rescaling is -0.1; it must be 0 to 1"),
         (lambda x: rescale(x, x * math.nan), "NaN or infinite"),
         (lambda x: rescale(x, x[:, :3]), r"\(6, 4, 5, 7\) to a picture of shape \(6, 3, 5, 7\): both must come from"),

@@ -291,6 +291,20 @@ def test_it_loads_a_folder_in_diffusers_layout(pipeline, tmp_path):
     assert frames.dtype == torch.float32 and float((frames - whole).abs().max()) < 0.02
 
 
+def test_a_folder_of_another_kind_of_model_is_refused_before_its_weights_are_read(pipeline, tmp_path):
+    pipeline.vae.save_pretrained(tmp_path / "unet")
+    with pytest.raises(ValueError, match="holds a AutoencoderKLTemporalDecoder; Videoshop takes"):
+        VideoshopPipeline.from_pretrained(tmp_path)
+
+
+def test_a_generator_elsewhere_is_refused(pipeline):
+    class Elsewhere:
+        device = torch.device("cuda")
+
+    with pytest.raises(ValueError, match="the generator is on cuda; one on the CPU"):
+        pipeline(VIDEO, EDITED, PLAIN, Elsewhere(), progress=False)
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 BAD = {

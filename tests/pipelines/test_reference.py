@@ -169,4 +169,4 @@ def test_the_whole_job_is_theirs():
     for change in ({"threshold": 9.0}, {"normalise_condition": False}, {"rescale": 0.0}, {"last_guidance": 3.5}):
         other = replace(settings, **change)
         other = VideoshopPipeline(*modules)(video, edited, other, torch.Generator().manual_seed(5), progress=False)
-    assert relative(other.latents, wanted) > 1e-3, change
+        assert relative(other.latents, wanted) > 1e-3, change
