@@ -6,13 +6,14 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import Generator, Tensor
+from torch import Generator, OutOfMemoryError, Tensor
 
 from .demo.world import EDITS
 from .pipelines.evaluation.metrics import colour_transfer, psnr
@@ -50,6 +51,7 @@ class EditJob:
     fps: Fraction
     settings: VideoshopSettings
     output: Path
+    force: bool  # overwrite it
     model: str | None
     seed: int
 
@@ -69,7 +71,9 @@ def model_facts(model: str | None) -> ModelFacts:
     try:
         config = UNetSpatioTemporalConditionModel.load_config(model, subfolder="unet")
     except OSError as error:
-        raise ValueError(f"{model} is not a model in diffusers' layout, neither a folder nor a hub's id") from error
+        raise ValueError(
+            f"{model} is not a model in diffusers' layout, neither a folder nor a hub's id within reach ({error})"
+        ) from error
     if config.get("_class_name") != "UNetSpatioTemporalConditionModel":
         raise ValueError(f"{model} holds a {config.get('_class_name')}; Videoshop takes image-to-video models like SVD")
     levels = len(config["block_out_channels"])
@@ -94,6 +98,12 @@ def check_output(args: argparse.Namespace) -> None:
         raise ValueError(f"the output {output} must end in {', '.join(SUFFIXES)}")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {output.parent} for the output")
+    if output.is_dir():
+        raise ValueError(f"the output {output} is a folder; give the name of a file")
+    try:
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise ValueError(f"nothing can be written in {output.parent}: {error.strerror}") from error
     if output.exists() and output.resolve() in (args.clip.resolve(), args.edited.resolve()):
         raise ValueError(f"the output {output} is one of the inputs; give another name")
     if output.exists() and not args.force:
@@ -126,7 +136,12 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
         )
 
     if args.fps:
-        say(f"resampled from {float(read.file_fps):g} to {args.fps:g} frames a second")
+        repeated = ", which repeats frames" if args.fps > read.file_fps else ""
+        say(f"resampled from {float(read.file_fps):g} to {args.fps:g} frames a second{repeated}")
+    if read.uneven:
+        say(f"the clip's frame rate varies; the result plays evenly at {float(read.fps):g}, or resample it with --fps")
+    if args.frames is not None and frames < args.frames:
+        say(f"the clip has {frames} frames, not the {args.frames} of --frames")
     if read.trimmed:
         say(f"trimmed to the first {frames} frames; --frames takes more, --fps covers more time with as many")
     if frames != facts.frames:
@@ -144,6 +159,7 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
         fps=read.fps,
         settings=settings,
         output=args.output,
+        force=args.force,
         model=args.model,
         seed=args.seed,
     )
@@ -178,10 +194,13 @@ def run_edit(args: argparse.Namespace) -> int:
     started = time.monotonic()
     generator = Generator().manual_seed(job.seed)
     result = load_pipeline(job.model)(job.clip, job.edited, job.settings, generator)
-    write_video(job.output, result.frames, job.fps)
+    output = job.output
+    while output.exists() and not job.force:  # it came while the model worked
+        output = output.with_stem(f"{output.stem}-new")
+    write_video(output, result.frames, job.fps)
     calls = result.evaluations
     say(
-        f"{job.output}: {len(result.frames)} frames at {float(job.fps):g} frames a second, "
+        f"{output}: {len(result.frames)} frames at {float(job.fps):g} frames a second, "
         f"{time.monotonic() - started:.0f} s, {calls['inversion']} + {calls['denoising']} network evaluations"
     )
     return 0
@@ -192,6 +211,8 @@ def run_edit(args: argparse.Namespace) -> int:
 
 def run_demo(args: argparse.Namespace) -> int:
     """`rewind demo`: the shipped clip, read from disk as a user's own, and the known answer beside the result."""
+    if args.output.is_dir() and any(args.output.iterdir()) and not (args.output / "report.json").is_file():
+        raise ValueError(f"the folder {args.output} holds files that are not the demonstration's; give another one")
     started = time.monotonic()
     from .benchmarks.editing import ClipEditor
     from .demo.clip import CLIP, EDITED, shipped
@@ -362,9 +383,12 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"rewind: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (OutOfMemoryError, MemoryError) as error:
+        told = " ".join(str(error).split())
+        print(f"rewind: not enough memory: use fewer --frames or a smaller --size ({told})", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ In memory a clip is [T, 3, H, W] and a picture [3, H, W], float in 0..1.
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -18,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 BT709 = 1  # of ISO/IEC 23091-4: colorspace, primaries and transfer alike
+UNEVEN = 0.5  # frames' durations may differ by this share of the mean one before a clip counts as uneven
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Clip:
     file_fps: Fraction  # of the file
     has_audio: bool
     trimmed: bool  # the file goes on after the last frame
+    uneven: bool = False  # the file shows its frames for different lengths of time
 
 
 def _decode(container, stream, rate: Fraction) -> Iterator[tuple[float, np.ndarray]]:
@@ -41,6 +46,13 @@ def _decode(container, stream, rate: Fraction) -> Iterator[tuple[float, np.ndarr
         aspect = float(stream.sample_aspect_ratio or 1)
         pixels = frame.to_ndarray(format="rgb24", width=max(1, round(frame.width * aspect)), height=frame.height)
         yield time - start, np.rot90(pixels, round(frame.rotation / 90))
+
+
+def _timed(source: Iterator[tuple[float, np.ndarray]], times: list[float]) -> Iterator[np.ndarray]:
+    """The frames as they are; their times are noted."""
+    for time, pixels in source:
+        times.append(time)
+        yield pixels
 
 
 def _resample(source: Iterator[tuple[float, np.ndarray]], rate: Fraction, fps: float) -> Iterator[np.ndarray]:
@@ -75,7 +87,8 @@ def read_video(path: str | Path, frames: int | None = None, fps: float | None = 
             stream = container.streams.video[0]
             rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
             decoded = _decode(container, stream, rate)
-            source = _resample(decoded, rate, fps) if fps else (pixels for _, pixels in decoded)
+            times: list[float] = []
+            source = _resample(decoded, rate, fps) if fps else _timed(decoded, times)
             kept = list(islice(source, frames))
             trimmed = next(source, None) is not None
             has_audio = bool(container.streams.audio)
@@ -86,7 +99,24 @@ def read_video(path: str | Path, frames: int | None = None, fps: float | None = 
     if len({pixels.shape for pixels in kept}) > 1:
         raise ValueError(f"the frames of {path} change their size; convert it to one size first")
     pixels = torch.from_numpy(np.stack(kept)).permute(0, 3, 1, 2).float() / 255
-    return Clip(pixels, Fraction(fps).limit_denominator(65535) if fps else rate, rate, has_audio, trimmed)
+    steps = np.diff(times)
+    uneven = len(steps) > 1 and float(steps.max() - steps.min()) > UNEVEN / float(rate)
+    return Clip(pixels, Fraction(fps).limit_denominator(65535) if fps else rate, rate, has_audio, trimmed, uneven)
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[str]:
+    """The name of a file to write beside `path`, which becomes `path` when all went well and is gone otherwise."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        yield partial
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(partial, 0o666 & ~mask)  # what a file that is simply opened gets
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
 
 
 def write_video(path: str | Path, frames: Tensor, fps: float | Fraction, chroma: str = "420", crf: int = 12) -> None:
@@ -94,6 +124,7 @@ def write_video(path: str | Path, frames: Tensor, fps: float | Fraction, chroma:
 
     frames: [T, 3, H, W] in 0..1 (clamped). chroma: "420" plays everywhere, with half the resolution of colour and even
     sides only; "444" keeps small coloured objects, but browsers do not play it. crf: 0 is the best, 12 looks lossless.
+    A file that is there already is replaced only by a whole new one.
     Raises ValueError for another shape, another chroma or an odd side.
     """
     import av
@@ -105,7 +136,7 @@ def write_video(path: str | Path, frames: Tensor, fps: float | Fraction, chroma:
     height, width = frames.shape[2:]
     if chroma == "420" and (height % 2 or width % 2):
         raise ValueError(f"got frames of {width}x{height}; H.264 with 4:2:0 chroma takes even sides: crop a pixel")
-    with av.open(str(path), "w") as container:
+    with _written_whole(Path(path)) as partial, av.open(partial, "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(65535))
         stream.width, stream.height, stream.pix_fmt = width, height, f"yuv{chroma}p"
         stream.options = {"crf": str(crf), "preset": "slow"}

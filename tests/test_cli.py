@@ -119,7 +119,11 @@ def test_resampling_covers_more_time(tmp_path, pipeline, capsys):
     assert levels == [0, 2, 4, 6, 8]
     assert pipeline.asked[0].settings.fps == 6
     assert read_video(tmp_path / "out.mp4").fps == 6
-    assert "resampled from 12 to 6" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resampled from 12 to 6" in said and "repeats" not in said
+    assert edit(tmp_path, "--fps", "24", "--frames", "40", "--force") == 0
+    said = capsys.readouterr().out
+    assert "which repeats frames" in said and "the clip has 24 frames, not the 40 of --frames" in said
 
 
 def test_options_change_the_preset(tmp_path, pipeline):
@@ -145,6 +149,46 @@ def test_nothing_is_overwritten_without_force(tmp_path, pipeline, capsys):
     assert not pipeline.asked and "--force" in capsys.readouterr().err
     assert edit(tmp_path, "--force") == 0
     assert len(read_video(tmp_path / "out.mp4").frames) == 8
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_output_that_cannot_be_written_is_refused_before_the_model(tmp_path, capsys, monkeypatch):
+    write_files(tmp_path, frames=8)
+    (tmp_path / "folder.mp4").mkdir()
+    assert edit(tmp_path, "-o", str(tmp_path / "folder.mp4"), "--force") == 2
+    assert "is a folder" in capsys.readouterr().err
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", full)
+    assert edit(tmp_path) == 2
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_a_file_that_comes_while_the_model_works_is_kept(tmp_path, pipeline, monkeypatch):
+    write_files(tmp_path, frames=8)
+    load = cli.load_pipeline
+
+    def slow(model):
+        (tmp_path / "out.mp4").write_bytes(b"precious")
+        return load(model)
+
+    monkeypatch.setattr(cli, "load_pipeline", slow)
+    assert edit(tmp_path) == 0
+    assert (tmp_path / "out.mp4").read_bytes() == b"precious"
+    assert len(read_video(tmp_path / "out-new.mp4").frames) == 8
+
+
+def test_too_little_memory_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    write_files(tmp_path, frames=8)
+
+    def greedy(model):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(cli, "load_pipeline", greedy)
+    assert edit(tmp_path) == 2
+    assert "fewer --frames" in capsys.readouterr().err and not (tmp_path / "out.mp4").exists()
 
 
 def only_image(folder):

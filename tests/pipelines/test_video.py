@@ -51,6 +51,34 @@ def numbers(frames: torch.Tensor) -> list[int]:
     return [round(float(f.mean()) * 255 / 8) for f in frames]
 
 
+@pytest.mark.parametrize(("ticks", "uneven"), [([0, 1, 2, 3, 4, 5], False), ([0, 1, 2, 6, 7, 8], True)])
+def test_a_varying_frame_rate_is_seen(tmp_path, ticks, uneven):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for tick in ticks:
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 8 * tick, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = tick, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    read = read_video(tmp_path / "a.mp4")
+    assert (numbers(read.frames), read.uneven) == (ticks, uneven)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(clip, tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4", clip, 7)
+    before = (tmp_path / "a.mp4").read_bytes()
+
+    def broken(*_, **__):
+        raise ValueError("the encoder broke")
+
+    monkeypatch.setattr(av.VideoFrame, "from_ndarray", broken)
+    with pytest.raises(ValueError, match="broke"):
+        write_video(tmp_path / "a.mp4", clip, 7)
+    assert (tmp_path / "a.mp4").read_bytes() == before
+    assert [f.name for f in tmp_path.iterdir()] == ["a.mp4"]
+
+
 @pytest.mark.parametrize(("chroma", "decibels"), [("444", 45.0), ("420", 30.0)])
 def test_a_clip_survives_the_disk(clip, tmp_path, chroma, decibels):
     write_video(tmp_path / "a.mp4", clip, Fraction(30000, 1001), chroma=chroma, crf=4)
