@@ -33,6 +33,7 @@ EDITS = ("recolour", "reshape", "resize", "add", "remove", "background")
 NOSE_COLOUR, BAND_COLOUR = 0.97, 0.08
 UNSPECIFIED_MOTION = 127  # the host's default motion bucket: nothing is known about the motion
 BUCKET_PER_SPEED = 20.0  # motion bucket of a predictable clip = 20 x its speed in pixels a frame (at 96 pixels)
+SMALLEST = 12.0  # radius at which the narrowest shape, the square, is still 20 pixels wide (at 96 pixels)
 EDGE = 1.2  # width of the antialiased edge, in pixels
 
 
@@ -152,9 +153,10 @@ def sample(
 def edit(scene: Scene, kind: str, generator: torch.Generator) -> Scene:
     """The same clips with one property changed, everything else (the motion above all) kept.
 
-    kind: "recolour" (a clearly different colour of the palette), "reshape", "resize" (a quarter larger or a fifth
-    smaller), "add" (a dark band on the object, which rides with it: the motion of a free newcomer could not be known
-    from the source), "remove" (the object), "background". Raises ValueError for another kind.
+    kind: "recolour" (a clearly different colour of the palette), "reshape", "resize" (a quarter larger or, where it
+    stays at least 20 pixels wide, a fifth smaller), "add" (a dark band on the object, which rides with it: the motion
+    of a free newcomer could not be known from the source), "remove" (the object), "background". Raises ValueError for
+    another kind.
     """
     n, world = len(scene), scene.world
 
@@ -170,7 +172,9 @@ def edit(scene: Scene, kind: str, generator: torch.Generator) -> Scene:
         shift = 1 + (rand(n) * (world.shapes - 1)).long()
         return replace(scene, shape=(scene.shape + shift) % world.shapes)
     if kind == "resize":
-        return replace(scene, radius=scene.radius * torch.where(rand(n) < 0.5, 1.25, 0.8))
+        least = SMALLEST * world.size / 96
+        grow = (rand(n) < 0.5) | (0.8 * scene.radius < least)
+        return replace(scene, radius=scene.radius * torch.where(grow, 1.25, 0.8))
     if kind == "add":
         return replace(scene, band=torch.ones_like(scene.band))
     if kind == "remove":

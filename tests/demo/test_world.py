@@ -25,8 +25,14 @@ def test_frames_have_the_promised_shape_and_range(scene):
     frames, mask = W.render(scene)
     assert frames.shape == (12, 8, 3, 96, 96) and mask.shape == (12, 8, 96, 96)
     assert 0 <= frames.min() and frames.max() <= 1
-    widths = (mask > 0.5).any(2).sum(-1)
-    assert widths.min() >= 20  # pixels: an object is never thinner
+
+
+def test_an_object_is_never_thinner_than_20_pixels():
+    scene = W.sample(60, generator(3), motion="unpredictable", editable=True)
+    smaller = W.edit(scene, "resize", generator(4))
+    assert (smaller.radius < scene.radius).any() and (smaller.radius > scene.radius).any()
+    for each in (scene, smaller, W.edit(scene, "reshape", generator(4))):
+        assert (W.render(each)[1] > 0.5).any(2).sum(-1).min() >= 20
 
 
 def test_objects_stay_inside_the_frame():
