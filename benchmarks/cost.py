@@ -11,8 +11,8 @@ from statistics import median, quantiles
 from typing import Any
 
 from . import runner
+from .runner import PACK
 
-PACK = Path(__file__).resolve().parent.parent
 HOST_EULER = "the host's euler"
 # Runs in the host's interpreter, from the host's folder: argv is the pack's folder and the number of runs.
 SCRIPT = """
@@ -44,7 +44,7 @@ def host_folder() -> Path:
 def interpreter(host: Path) -> Path:
     """The Python that runs the host: of an environment in its folder, or one that the tests made for it, or ours."""
     candidates = [host / name / "bin" / "python" for name in (".venv", "venv")]
-    candidates += sorted(PACK.glob(f".venvs/{host.name}-{'[0-9a-f]' * 8}/bin/python"))
+    candidates += sorted(PACK.glob(f".venvs/{host.resolve().name}-{'[0-9a-f]' * 8}/bin/python"))
     return next((path for path in candidates if path.is_file()), Path(sys.executable))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+PACK = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results")
 
 
@@ -60,7 +61,7 @@ def run(
 
     More than one worker: processes of one thread each, which load the model for themselves; function, items and load
     must then be picklable. workers: None is `default_workers()`. kept: a file that each result (JSON) is added to as it
-    comes; a run that was interrupted goes on from there, unless the machine or the weights are others.
+    comes; a run that was interrupted goes on from there, unless the machine, the code or the weights are others.
     """
     results = _read_kept(kept)
     left = [item for item in items if repr(item) not in results]
@@ -92,13 +93,14 @@ def _collect(
 
 
 def _read_kept(kept: Path | None) -> dict[str, Any]:
-    """The results of an interrupted run on this machine and these weights; begins the file where there is none."""
+    """The results of an interrupted run on this machine, code and weights; begins the file where there is none."""
     if kept is None:
         return {}
     from ..demo.models import WEIGHTS
 
-    weights = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() if WEIGHTS.is_file() else None
-    made_by = json.dumps([machine(), weights])
+    code = sorted(file for folder in ("benchmarks", "demo", "pipelines") for file in (PACK / folder).rglob("*.py"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in [*code, WEIGHTS] if file.is_file())).hexdigest()
+    made_by = json.dumps([machine(), digest])
     lines = kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
     if lines[:1] != [made_by]:
         kept.parent.mkdir(parents=True, exist_ok=True)

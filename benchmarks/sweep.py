@@ -20,8 +20,8 @@ KINDS = ("recolour", "reshape")  # by default: colour and outline, the two that 
 
 # Tried one at a time where the command line names nothing.
 ONE_AT_A_TIME = (
-    "guess_above=extrapolation,last_direction,current",
-    "guess_below=random,last_direction,current",
+    "guess=extrapolation:random,extrapolation:current,extrapolation:last_direction,last_direction:random,"
+    "last_direction:last_direction,current:random,current:current",
     "threshold=0.3,1,3",
     "strength=0.4,0.55,0.7,0.85,1",
     "sigma_max=80,700",
@@ -36,16 +36,20 @@ ONE_AT_A_TIME = (
 def parse(choice: str) -> list[dict[str, Any]]:
     """ "threshold=0.3,1" as [{"threshold": 0.3}, {"threshold": 1.0}].
 
-    The names are VideoshopSettings' fields, and "guidance" for the first and the last frame's together, as in
-    "guidance=1:1,1:3". Raises ValueError for an unknown name or a value of another type.
+    The names are VideoshopSettings' fields, and two that set a pair of them: "guidance=1:1,1:3" (first and last
+    frame) and "guess=extrapolation:random" (above and below the threshold). Raises ValueError for an unknown name or a
+    value of another type.
     """
     name, _, values = choice.partition("=")
     if name == "guidance":
         pairs = [_pair(value) for value in values.split(",")]
         return [{"first_guidance": first, "last_guidance": last} for first, last in pairs]
+    if name == "guess":
+        named = [value.partition(":") for value in values.split(",")]
+        return [{"guess_above": above, "guess_below": below} for above, _, below in named]
     known = [field.name for field in fields(VideoshopSettings)]
     if name not in known:
-        raise ValueError(f'there is no setting "{name}"; the settings are guidance, {", ".join(known)}')
+        raise ValueError(f'there is no setting "{name}"; the settings are guidance, guess, {", ".join(known)}')
     return [{name: _value(getattr(DEFAULT, name), value)} for value in values.split(",")]
 
 
@@ -122,7 +126,8 @@ def main(
     work_list = [job for job in work_list if job.variants]
     records = [record for part in runner.run(work, work_list, "sweep", workers, load) for record in part]
     base_text = ", ".join(f"{key} {value}" for key, value in asdict(base).items())
-    text = f"# Sweep\n\n{clips} clips of {seeds} seeds, {', '.join(kinds)}. Base: {base_text}.\n\n"
+    command = " ".join(["rewind benchmark videoshop --sweep", *choices, "--clips", str(clips), "--kinds", *kinds])
+    text = f"# Sweep\n\n`{command}`: {clips} clips of {seeds} seeds. Base: {base_text}.\n\n"
     data = {"seeds": seeds, "settings": {v.name: asdict(v.settings) for v in variants}, "records": records}
     runner.save("sweep", text + ranking(records, variants), data, output)
     return records

@@ -281,6 +281,7 @@ def test_choices_are_read_in_the_settings_own_types():
     assert sweep.parse("steps=5,10") == [{"steps": 5}, {"steps": 10}]
     assert sweep.parse("threshold=0.5") == [{"threshold": 0.5}]
     assert sweep.parse("denormalise=true,false") == [{"denormalise": True}, {"denormalise": False}]
+    assert sweep.parse("guess=current:random") == [{"guess_above": "current", "guess_below": "random"}]
     assert sweep.parse("guidance=1:3,2") == [
         {"first_guidance": 1.0, "last_guidance": 3.0},
         {"first_guidance": 2.0, "last_guidance": 2.0},
@@ -324,7 +325,9 @@ def test_a_sweep_runs_and_is_saved(pipeline, tmp_path):
     base = short(PAPER, 2)
     records = sweep.main(["rescale=0"], 2, "validation", ("recolour",), 1, tmp_path, lambda: pipeline, base)
     assert {r["variant"] for r in records} == {"base", "rescale 0.0"}
-    assert "| rescale 0.0 |" in (tmp_path / "sweep.md").read_text()
+    text = (tmp_path / "sweep.md").read_text()
+    assert "| rescale 0.0 |" in text
+    assert "`rewind benchmark videoshop --sweep rescale=0 --clips 2 --kinds recolour`" in text
 
 
 # --- cost -------------------------------------------------------------------------------------------------------------
