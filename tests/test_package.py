@@ -142,9 +142,8 @@ def test_the_package_imports_without_a_host():
     subprocess.run([sys.executable, "-c", script], cwd=Path(sys.prefix), check=True, timeout=120)
 
 
-@pytest.mark.slow
 def test_an_installed_wheel_finds_its_data(tmp_path):
-    """In an environment of its own: the weights, the clip and the workflows are there, and the command starts."""
+    """In an environment of its own: weights, clip and workflows are there and load, and the command starts."""
     copy = tmp_path / "source"
     for file in pack_files():
         (copy / file).parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +169,16 @@ def test_an_installed_wheel_finds_its_data(tmp_path):
     assert [str(f) for f in data if not (site / "rewind" / f).is_file()] == []
     where = subprocess.check_output([python, "-c", "import rewind; print(rewind.__file__)"], text=True, cwd=tmp_path)
     assert Path(where.strip()) == site / "rewind" / "__init__.py"
+    load = (
+        "import json, pathlib, rewind\n"
+        "from rewind.demo.models import load_components\n"
+        "from rewind.pipelines.video import read_video\n"
+        "from rewind.demo.clip import CLIP\n"
+        "assert len(load_components()) == 3 and len(read_video(CLIP).frames) == 8\n"
+        "graphs = list((pathlib.Path(rewind.__file__).parent / 'workflows').glob('*.json'))\n"
+        "assert graphs and all(json.loads(graph.read_text(encoding='utf-8'))['nodes'] for graph in graphs)\n"
+    )
+    subprocess.run([python, "-c", load], check=True, timeout=300, cwd=tmp_path)
     subprocess.run(
         [python.parent / "rewind", "--help"], check=True, timeout=120, cwd=tmp_path, stdout=subprocess.DEVNULL
     )
