@@ -162,14 +162,24 @@ def boot(path: Path, base: Path) -> Host:
 
 
 class Server:
-    """A ComfyUI server in its own process, with a copy of the pack; every message of its websocket is kept."""
+    """A ComfyUI server in its own process, with a copy of the pack; every message of its websocket is kept.
 
-    def __init__(self, path: Path, base: Path, *arguments: str):
+    `python` is the host's, by default this one; `install` puts the pack into the folder of custom nodes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        base: Path,
+        *arguments: str,
+        python: Path | str = sys.executable,
+        install: Callable[[Path], object] = copy_pack,
+    ):
         self.path, self.base = path, base
         self.client = uuid.uuid4().hex
         self.messages: list[tuple[str, Any]] = []  # (type, data); binary ones are ("binary", bytes)
         self._news = threading.Condition()
-        copy_pack(base / "custom_nodes")
+        install(base / "custom_nodes")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -184,7 +194,7 @@ class Server:
         flags += ["--disable-auto-launch", "--preview-method", "latent2rgb", "--port", self.address.split(":")[1]]
         self.log = base / "server.log"
         with self.log.open("w") as log:
-            command = [sys.executable, path / "main.py", *flags, *arguments]
+            command = [python, path / "main.py", *flags, *arguments]
             self.process = subprocess.Popen(command, cwd=base, stdout=log, stderr=subprocess.STDOUT)
         self._wait_until_up(timeout=180)
         self._listener = threading.Thread(target=lambda: asyncio.run(self._listen()), daemon=True)
