@@ -1,0 +1,318 @@
+"""The pictures of the help pages, `web/docs/pictures/`, from the nodes' own outputs on the embedded model.
+
+    .venv/bin/python docs/help_pictures.py [NODE_ID ...]
+
+Run it again after the weights or a default changed. It starts itself again in the environment of the first ComfyUI
+that `make test` would use, and takes some minutes on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "web" / "docs" / "pictures"
+LIMIT = 60_000  # bytes of a picture
+SIZE, STEPS, COLUMNS, NOISE_SEED = 96, 25, 5, 3
+UNGUIDED = {"first_guidance": 1.0, "last_guidance": 1.0}
+KINDS = ("off", "channel", "frame")  # of normalisation
+
+
+class Studio:
+    """The nodes run one by one on the embedded model, as the workflows wire them; what is shared is made once."""
+
+    def __init__(self, host: Any):
+        self.run = host.run_node
+        self.figures, self.inspection = host.module("nodes.figures"), host.module("nodes.inspection")
+        self.edits = host.module("demo.world").EDITS
+        self.model, self.clip_vision, self.vae = self.run("RewindDemoImageToVideo")
+        video, self.edited_frame, self.truth, self.mask = self.run("RewindDemoClip")
+        self.clip = video.get_components().images
+
+    def conditioning(self, **settings: Any) -> tuple:
+        """Both pairs of conditionings, the clip's latent and the edited frame's."""
+        return self.run(
+            "RewindVideoshopConditioning",
+            clip_vision=self.clip_vision,
+            vae=self.vae,
+            clip=self.clip,
+            edited_frame=self.edited_frame,
+            width=SIZE,
+            height=SIZE,
+            **settings,
+        )
+
+    @cached_property
+    def prepared(self) -> tuple:
+        return self.conditioning()
+
+    @cached_property
+    def sigmas(self) -> Any:
+        return self.run("BasicScheduler", model=self.model, scheduler="karras", steps=STEPS, denoise=1.0)[0]
+
+    @cached_property
+    def inverted(self) -> tuple:
+        """latent, sigmas, noise, inversion with every setting at its default."""
+        positive, latent = self.prepared[0], self.prepared[4]
+        return self.run("RewindEDMInversion", model=self.model, positive=positive, latent=latent, sigmas=self.sigmas)
+
+    def denoised(self, unedited: bool = False, **settings: Any) -> dict:
+        """The inverted clip played again, with the edited frame or without an edit."""
+        positive, negative = self.prepared[:2] if unedited else self.prepared[2:4]
+        inversion = self.inverted[3]
+        pair = {"positive": positive, "negative": negative}
+        return self.run("RewindSVDDenoise", model=self.model, inversion=inversion, **pair, **settings)[0]
+
+    @cached_property
+    def result(self) -> dict:
+        return self.denoised()
+
+    def decode(self, latent: dict) -> Any:
+        return self.run("VAEDecode", vae=self.vae, samples=latent)[0]
+
+    def sheet(self, *rows: tuple[str, Any] | tuple[str, Any, Sequence[str]]) -> Any:
+        """Rows of (title, frames) or (title, frames, a caption a frame), in COLUMNS columns spread over the frames."""
+        drawn = []
+        for title, frames, *captions in rows:
+            shown = [round(i * (len(frames) - 1) / (COLUMNS - 1)) for i in range(COLUMNS)]
+            words = captions[0] if captions else [f"frame {i + 1}" for i in range(len(frames))]
+            drawn.append((title, frames[shown], [words[i] for i in shown]))
+        return self.figures.contact_sheet(drawn)
+
+
+def demo_clip(studio: Studio) -> Any:
+    mask = studio.mask[..., None].expand(-1, -1, -1, 3)
+    kinds = studio.edits[-COLUMNS:] if len(studio.edits) > COLUMNS else studio.edits
+    first = [studio.run("RewindDemoClip", edit=kind)[1] for kind in kinds]
+    return studio.sheet(
+        ("clip", studio.clip),
+        ("true_edit", studio.truth),
+        ("mask", mask),
+        ("edited_frame of the other kinds of edit", _stack(first), kinds),
+    )
+
+
+def demo_models(studio: Studio) -> Any:
+    frame = studio.clip[:1]
+    positive, negative, empty = studio.run(
+        "SVD_img2vid_Conditioning",
+        clip_vision=studio.clip_vision,
+        init_image=frame,
+        vae=studio.vae,
+        width=SIZE,
+        height=SIZE,
+        video_frames=len(studio.clip),
+        motion_bucket_id=127,
+        fps=7,
+        augmentation_level=0.0,
+    )
+    rows = [("a clip of which the model gets the first frame alone", studio.clip)]
+    for seed in (1, 2):
+        made = studio.run(
+            "KSampler",
+            model=studio.model,
+            seed=seed,
+            steps=STEPS,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="karras",
+            positive=positive,
+            negative=negative,
+            latent_image=empty,
+        )[0]
+        rows.append((f"what it makes of it, from random noise (seed {seed})", studio.decode(made)))
+    return studio.sheet(*rows)
+
+
+def conditioning(studio: Studio) -> Any:
+    levels = (0.0, 0.02, 0.2, 0.5, 1.0)
+    made = [studio.conditioning(augmentation_level=level) for level in levels]
+    words = [f"level {level:g}" for level in levels]
+
+    def seen(output: int) -> Any:
+        return _stack([studio.decode({"samples": outputs[output][0][1]["concat_latent_image"]}) for outputs in made])
+
+    return studio.sheet(("source_positive", seen(0), words), ("edited_positive", seen(2), words))
+
+
+def normalise(studio: Studio) -> Any:
+    latent, space = studio.prepared[4], studio.model.model.process_latent_in
+    made = {
+        kind: studio.run("RewindLatentNormalize", model=studio.model, latent=latent, kind=kind)[0] for kind in KINDS
+    }
+    spreads = {kind: space(latent["samples"].float()) for kind, latent in made.items()}
+    by_channel = [(kind, x.std((0, 2, 3))) for kind, x in spreads.items()]
+    by_frame = [(kind, x.std((1, 2, 3))) for kind, x in spreads.items()]
+    return studio.figures.side_by_side(
+        [
+            studio.figures.curves("spread of the latent, by channel", "channel", by_channel),
+            studio.figures.curves("spread of the latent, by frame", "frame", by_frame),
+        ]
+    )
+
+
+def inversion(studio: Studio) -> Any:
+    inverted = studio.inverted[3]
+    levels = inverted.sigmas.flip(0)
+    out = studio.model.model.process_latent_out
+
+    def visible(latents: Any, sigma: Any) -> Any:
+        return studio.decode({"samples": out(latents / (1 + sigma**2) ** 0.5)})
+
+    steps = [round(i * (len(levels) - 1) / (COLUMNS - 1)) for i in range(COLUMNS)]
+    way = [visible(inverted.trajectory[i][:1], levels[i]) for i in steps]
+    return studio.sheet(
+        ("the clip", studio.clip),
+        ("its first frame on the way", _stack(way), [f"sigma {float(levels[i]):.3g}" for i in steps]),
+        ("the noise of each frame", visible(inverted.latent.cpu(), levels[-1])),
+        ("played again without an edit", studio.decode(studio.denoised(unedited=True, **UNGUIDED))),
+    )
+
+
+def sampler(studio: Studio) -> Any:
+    positive, latent = studio.prepared[0], studio.prepared[4]
+    guider = studio.run("BasicGuider", model=studio.model, conditioning=positive)[0]
+    sigmas = studio.inverted[1]  # as far as the node itself rewinds
+    copy = studio.decode(latent)
+    rows = [("the clip through the VAE", copy)]
+    noise, none = studio.run("RandomNoise", noise_seed=NOISE_SEED)[0], studio.run("DisableNoise")[0]
+    euler = studio.run("KSamplerSelect", sampler_name="euler")[0]
+    for guess in ("current", "random", "extrapolation", "last_direction"):
+        there = studio.run("RewindEDMInversionSampler", guess_above=guess, guess_below=guess)[0]
+        common = {"guider": guider, "sigmas": sigmas}
+        end = studio.run("SamplerCustomAdvanced", noise=noise, sampler=there, latent_image=latent, **common)[0]
+        back = studio.run("SamplerCustomAdvanced", noise=none, sampler=euler, latent_image=end, **common)[0]
+        frames = studio.decode(back)
+        captions = [f"{value:.1f} dB" for value in studio.inspection.frame_psnrs(frames, copy)]
+        rows.append((f"there and back with {guess}", frames, captions))
+    return studio.sheet(*rows)
+
+
+def denoise(studio: Studio) -> Any:
+    guided = studio.denoised(first_guidance=1.0, last_guidance=3.0)
+    return studio.sheet(
+        ("the source", studio.clip),
+        ("result without guidance (1 to 1)", studio.decode(studio.denoised(**UNGUIDED))),
+        ("result with guidance 1 to 3", studio.decode(guided)),
+        ("the true edit", studio.truth),
+    )
+
+
+def rescale(studio: Studio) -> Any:
+    rows = []
+    for strength, words in ((0.0, "as it comes"), (0.5, "by half"), (1.0, "fully")):
+        made = studio.run("RewindLatentRescale", latent=studio.result, reference=studio.prepared[5], strength=strength)[
+            0
+        ]
+        rows.append((f"strength {strength:g}: {words}", studio.decode(made)))
+    return studio.sheet(*rows, ("the true edit", studio.truth))
+
+
+def round_trip(studio: Studio) -> Any:
+    outputs = studio.run(
+        "RewindRoundTripCheck",
+        model=studio.model,
+        positive=studio.prepared[0],
+        inversion=studio.inverted[3],
+        vae=studio.vae,
+        clip=studio.clip,
+    )
+    return _picture(outputs[1])
+
+
+def trajectory(studio: Studio) -> Any:
+    return _picture(studio.run("RewindTrajectoryPlot", inversion=studio.inverted[3])[0])
+
+
+PICTURES: dict[str, Callable[[Studio], Any]] = {
+    "RewindDemoClip.jpg": demo_clip,
+    "RewindDemoImageToVideo.jpg": demo_models,
+    "RewindVideoshopConditioning.jpg": conditioning,
+    "RewindLatentNormalize.png": normalise,
+    "RewindEDMInversion.jpg": inversion,
+    "RewindEDMInversionSampler.jpg": sampler,
+    "RewindSVDDenoise.jpg": denoise,
+    "RewindLatentRescale.jpg": rescale,
+    "RewindRoundTripCheck.jpg": round_trip,
+    "RewindTrajectoryPlot.png": trajectory,
+}
+
+
+def _stack(pictures: Sequence[Any]) -> Any:
+    import torch
+
+    return torch.cat(list(pictures))
+
+
+def _picture(image: Any) -> Any:
+    """An IMAGE of one picture as a Pillow picture."""
+    from PIL import Image
+
+    return Image.fromarray((image[0].clamp(0, 1) * 255).round().byte().numpy())
+
+
+def encoded(picture: Any, suffix: str) -> bytes:
+    """The picture as a file below LIMIT, with less detail where noise makes it larger; ValueError where that fails."""
+    tries = ((90, 0), (80, 0), (80, 2), (70, 2), (60, 2), (50, 2))  # JPEG's quality and subsampling of colour
+    for quality, subsampling in tries:
+        file = io.BytesIO()
+        if suffix == ".png":
+            picture.quantize(64).save(file, "PNG", optimize=True)
+        else:
+            picture.save(file, "JPEG", quality=quality, optimize=True, subsampling=subsampling)
+        if len(file.getvalue()) < LIMIT:
+            return file.getvalue()
+    raise ValueError(f"the picture takes {len(file.getvalue())} bytes, {LIMIT} are allowed: draw fewer frames")
+
+
+def draw(node_ids: Sequence[str]) -> None:
+    """Draw the pictures of these nodes, in a process in which the host can be imported."""
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    import comfy_host
+    import torch
+
+    torch.set_num_threads(
+        1
+    )  # so small a model gains little from more, and loses much where other work shares the cores
+    with tempfile.TemporaryDirectory() as base:
+        host = comfy_host.boot(Path(os.environ["REWIND_HOST"]), Path(base))
+        if not host.load_pack():
+            raise RuntimeError("the pack did not load")
+        studio = Studio(host)
+        FOLDER.mkdir(exist_ok=True)
+        for name, picture in PICTURES.items():
+            if not node_ids or Path(name).stem in node_ids:
+                content = encoded(picture(studio), Path(name).suffix)
+                (FOLDER / name).write_bytes(content)
+                print(f"{name}: {len(content) / 1000:.0f} kB", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("nodes", nargs="*", metavar="NODE_ID", choices=[[], *(Path(name).stem for name in PICTURES)])
+    node_ids = parser.parse_args().nodes
+    if os.environ.get("REWIND_HOST"):
+        draw(node_ids)
+        return 0
+    sys.path.insert(0, str(ROOT / "tests"))
+    import run
+
+    host = next((path for path in run.hosts() if (path / "main.py").is_file()), None)
+    if host is None:
+        print(f"needs a ComfyUI at one of {', '.join(map(str, run.hosts()))}; COMFYUI_PATH names others")
+        return 1
+    environment = {**os.environ, "REWIND_HOST": str(host.resolve())}
+    return subprocess.run([run.host_venv(host) / "bin" / "python", __file__, *node_ids], env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
