@@ -76,7 +76,10 @@ def nested() -> dict:
     """
 
     def sampler(number: int, *links: tuple[str, int | None]) -> dict:
-        entries = [{"name": name, "link": link, "widget": {"name": name}} for name, link in links]
+        entries = [{"name": name, "link": link} for name, link in links]
+        entries = [
+            entry if entry["name"] == "image" else entry | {"widget": {"name": entry["name"]}} for entry in entries
+        ]
         return {"id": number, "type": "Sampler", "inputs": entries, "widgets_values": [42, "fixed", "y", 1.5, 20]}
 
     def link(number: int, start: int, output: int, end: int, slot: int, kind: str) -> dict:
@@ -144,6 +147,13 @@ def test_subgraphs_are_expanded():
     assert prompt["5:1"]["inputs"] == {"seed": 42, "image": ["7", 0], "mode": "y", "scale": 2.5, "steps": 20}
     assert prompt["5:2:1"]["inputs"] == {"seed": 99, "image": ["5:1", 0], "mode": "y", "scale": 2.5, "steps": 20}
     assert prompt["9"]["inputs"]["image"] == ["5:2:1", 0]
+
+
+def test_inputs_that_nothing_is_connected_to_need_not_be_saved():
+    """Newer pages leave out the inputs that are widgets."""
+    graph = nested()
+    del graph["nodes"][0]["inputs"][1:]
+    assert to_api(graph, INFO) == to_api(nested(), INFO)
 
 
 def test_a_link_into_a_subgraph_wins_over_the_value_on_its_node():

@@ -7,7 +7,7 @@ import json
 import comfy_host
 import pytest
 import torch
-from graph import flatten, link_ends, to_api
+from graph import WIDGETS, flatten, link_ends, to_api
 from results import frames, node_of
 
 BLUEPRINT = comfy_host.ROOT / "subgraphs" / "Videoshop Edit.json"
@@ -27,9 +27,7 @@ def read(name: str) -> dict:
     return json.loads((comfy_host.ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def test_the_host_lists_the_blueprint(host, server):
-    if host.release < (0, 8):
-        pytest.skip(f"ComfyUI {host.version} has no blueprints; its page opens subgraphs inside workflows")
+def test_the_host_lists_the_blueprint(server):
     listed = {
         number: entry
         for number, entry in server.get("/global_subgraphs").items()
@@ -43,6 +41,20 @@ def test_the_host_lists_the_blueprint(host, server):
 def test_the_blueprint_knows_its_nodes(server):
     prompt = to_api(json.loads(BLUEPRINT.read_text(encoding="utf-8")), server.object_info())
     assert len(prompt) == 9 and all(number.startswith("1:") for number in prompt)
+
+
+def test_its_nodes_list_every_input(server):
+    """In the page's own order, sockets first: an older page counts on it when it adds a blueprint to a graph."""
+    info = server.object_info()
+    (subgraph,) = json.loads(BLUEPRINT.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
+    for node in subgraph["nodes"]:
+        described = info[node["type"]]["input"]
+        kinds = {
+            name: kind for part in ("required", "optional") for name, (kind, *_) in described.get(part, {}).items()
+        }
+        widgets = [name for name, kind in kinds.items() if isinstance(kind, list) or kind in WIDGETS]
+        assert [entry["name"] for entry in node["inputs"]] == [n for n in kinds if n not in widgets] + widgets
+        assert [entry["widget"]["name"] for entry in node["inputs"] if "widget" in entry] == widgets
 
 
 def test_one_node_gives_the_same_as_its_parts(server, trained):

@@ -103,17 +103,19 @@ def _promoted(outer: dict, subgraph: dict) -> dict[tuple[int, str], Any]:
     """What a subgraph's node holds for the widgets inside, by inner node and widget.
 
     Its values are a bare list in the order of `proxyWidgets`, pairs of inner node and widget ("-1": an input of the
-    subgraph); newer pages save no such list, and the order is that of the inputs that are widgets.
+    subgraph); newer pages save no such list, and the order is that of the inputs that feed widgets.
     """
     fed: dict[str, list[tuple[int, str]]] = {entry["name"]: [] for entry in subgraph["inputs"]}
     for link in subgraph["links"]:
         if link["origin_id"] == INPUT:
             name = subgraph["inputs"][link["origin_slot"]]["name"]
             (end,) = [node for node in subgraph["nodes"] if node["id"] == link["target_id"]]
-            fed[name] += [(end["id"], entry["name"]) for entry in end["inputs"] if entry.get("link") == link["id"]]
+            (entry,) = [entry for entry in end["inputs"] if entry.get("link") == link["id"]]
+            fed[name] += [(end["id"], entry["name"])] if "widget" in entry else []
+    inputs = [name for name, ends in fed.items() if ends]
     order = outer.get("properties", {}).get("proxyWidgets")
     if order is None:
-        order = [("-1", socket["name"]) for socket in outer["inputs"] if socket.get("widget")]
+        order = [("-1", name) for name in inputs]
     found = {}
     for (number, name), value in zip(order, outer.get("widgets_values") or []):
         if value is None or name.startswith("$$"):  # the inner node's own value stands; a picture on the outer node
@@ -123,9 +125,10 @@ def _promoted(outer: dict, subgraph: dict) -> dict[tuple[int, str], Any]:
         found |= dict.fromkeys(targets, value)
     for name, value in outer.get("promoted", {}).items():  # this subgraph is itself inside one
         found |= dict.fromkeys(fed[name], value)
-    for socket in outer["inputs"]:
-        if socket.get("widget") and socket.get("link") is None and not found.keys() >= set(fed[socket["name"]]):
-            raise ValueError(f"node {outer['id']} ({subgraph['name']}) has no value for {socket['name']}")
+    linked = {socket["name"] for socket in outer["inputs"] if socket.get("link") is not None}
+    for name in inputs:
+        if name not in linked and not found.keys() >= set(fed[name]):
+            raise ValueError(f"node {outer['id']} ({subgraph['name']}) has no value for {name}")
     return found
 
 
