@@ -13,6 +13,7 @@ from typing import Any
 SOURCE = "en"  # made from the schemas
 LANGUAGES = ("ko", "ja", "zh")  # the page's own codes; its zh is simplified Chinese, zh-TW falls back to English
 FILES = ("nodeDefs.json", "main.json")
+SEEDS = ("seed", "noise_seed")  # to which the page adds the widget "control after generate" unasked
 Tree = dict[str, Any]
 
 
@@ -29,7 +30,7 @@ def node_texts(cls: type) -> Tree:
         for name, (_, *rest) in info["input"].get(part, {}).items():
             options = rest[0] if rest else {}
             inputs[_key(name)] = {"name": name} | ({"tooltip": options["tooltip"]} if options.get("tooltip") else {})
-            if options.get("control_after_generate"):
+            if options.get("control_after_generate", name in SEEDS):
                 inputs["control_after_generate"] = {"name": "control after generate"}
     outputs = {
         str(i): {"name": name} | ({"tooltip": tooltip} if tooltip else {})
