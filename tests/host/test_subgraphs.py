@@ -87,7 +87,7 @@ def test_it_works_at_the_clips_own_size(server, trained):
 
 def test_the_settings_on_the_node_reach_their_parts(server):
     workflow = read("videoshop_edit")
-    (node,) = [node for node in workflow["nodes"] if node["title"] == "Videoshop Edit"]
+    (node,) = [node for node in workflow["nodes"] if node.get("title") == "Videoshop Edit"]
     node["widgets_values"] = [0.5, 3.0, 2, 11, 77, 6]
     prompt = to_api(workflow, server.object_info())
     inputs = {kind: prompt[node_of(prompt, kind)]["inputs"] for kind in {n["class_type"] for n in prompt.values()}}
@@ -162,7 +162,7 @@ def test_the_graph_that_inpaints_has_the_same_wiring(server):
     ours, theirs = (link_ends(read(f"videoshop_first_frame{name}")) for name in ("", "_inpaint"))
     assert {end for end, start in ours.items() if theirs.get(end) != start} == INPAINTED
     assert theirs["ImageCompositeMasked Edited first frame", "mask"] == ("a loader", "MASK")
-    assert theirs["ImageCompositeMasked Edited first frame", "source"] == ("VAEDecode ", "IMAGE")
+    assert theirs["ImageCompositeMasked Edited first frame", "source"] == ("VAEDecode Inpainted", "IMAGE")
 
 
 def test_the_graph_that_inpaints_lacks_only_files(server):
