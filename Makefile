@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint format freeze setup clean
+.PHONY: demo test test-all lint format freeze pictures setup clean
 
 demo: setup
 	$(BIN)/rewind demo
@@ -25,6 +25,11 @@ format: setup
 # Before a release: keep this version's workflows as fixtures, so that later versions still load them.
 freeze: setup
 	$(BIN)/python tests/support/freeze.py
+
+# The pictures of the README and of the help pages, and the thumbnails under Templates. Needs a ComfyUI and Chromium.
+pictures: setup
+	$(BIN)/python docs/help_pictures.py
+	$(BIN)/python docs/workflow_pictures.py
 
 setup: $(VENV)/.installed
 

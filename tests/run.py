@@ -1,4 +1,7 @@
-"""`make test`: style, the tests without a host, the host tests once for each ComfyUI in an environment of its own."""
+"""`make test`: style, the tests without a host, then the host tests and the browser tests once for each ComfyUI.
+
+Each ComfyUI gets an environment of its own. The browser tests also need a Chromium of the system's.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 # torchaudio, which a host cannot start without, ended at 2.11 and refuses a torch built for another CUDA.
 HOST_TORCH = ("torch>=2.11,<2.12", "torchvision>=0.26,<0.27", "torchaudio>=2.11,<2.12")
+TOOLS = ("pytest>=8.3", "playwright>=1.49")  # Playwright drives the system's Chromium and downloads none
 
 
 @dataclass
@@ -48,7 +52,7 @@ def host_venv(host: Path) -> Path:
     pins = (host / "requirements.txt").read_bytes()
     folder = ROOT / ".venvs" / f"{host.resolve().name}-{hashlib.sha256(pins).hexdigest()[:8]}"
     ours = (ROOT / "requirements.txt").read_bytes()
-    wanted = hashlib.sha256(pins + ours + " ".join(HOST_TORCH).encode()).hexdigest()
+    wanted = hashlib.sha256(pins + ours + " ".join(HOST_TORCH + TOOLS).encode()).hexdigest()
     stamp = folder / ".installed"
     if stamp.is_file() and stamp.read_text() == wanted:
         return folder
@@ -57,7 +61,7 @@ def host_venv(host: Path) -> Path:
     pip = [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--upgrade", "pip"], check=True)
     subprocess.run([*pip, *HOST_TORCH], check=True)
-    requirements = ["-r", host / "requirements.txt", "-r", ROOT / "requirements.txt", "pytest>=8.3"]
+    requirements = ["-r", host / "requirements.txt", "-r", ROOT / "requirements.txt", *TOOLS]
     subprocess.run([*pip, *HOST_TORCH, *requirements], check=True)
     stamp.write_text(wanted)
     return folder
@@ -81,6 +85,24 @@ def pytest(executable: Path, *arguments: str, host: Path | None = None) -> Count
     if code and not total.failed:
         total.failed = 1  # interrupted, or nothing was collected
     return total
+
+
+def in_the_page(selection: list[str]) -> tuple[Count, list[str]]:
+    """The browser tests, once for each ComfyUI that is there: their count and their lines of the summary."""
+    sys.path.append(str(ROOT / "tests" / "support"))
+    from comfy_page import chromium
+
+    present = [host for host in hosts() if (host / "main.py").is_file()]
+    if not present or not chromium():
+        count = pytest(BIN / "pytest", "tests/browser", "-rN", *selection)
+        reason = "no Chromium" if present else "no ComfyUI"
+        return count, [f"BROWSER TESTS SKIPPED: {reason} ({count.skipped} tests)"]
+    total, lines = Count(), []
+    for host in present:
+        count = pytest(host_venv(host) / "bin" / "pytest", "tests/browser", *selection, host=host)
+        lines.append(f"page of ComfyUI {host_version(host)} at {host}: {count}")
+        total += count
+    return total, lines
 
 
 def main() -> int:
@@ -109,8 +131,10 @@ def main() -> int:
             count = pytest(BIN / "pytest", "tests/host", "-rN", *selection)
             lines.append(f"HOST TESTS SKIPPED: no ComfyUI at {host} ({count.skipped} tests)")
         on_hosts += count
+    browser, browser_lines = in_the_page(selection)
+    lines += browser_lines
     lines.append(f"host tests: {on_hosts.passed + on_hosts.failed} ran, {on_hosts.skipped} skipped")
-    total += on_hosts
+    total += on_hosts + browser
 
     print("\n" + "\n".join(lines))
     print(f"{total.passed} passed, {total.failed} failed, {total.skipped} skipped")
