@@ -9,6 +9,7 @@ import ast
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -123,11 +124,17 @@ def computer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Computer]:
 
 
 def by_manager(computer: Computer) -> str:
-    command = [comfy_tools.python_of(computer.environment), "-m", "cm_cli", "install", computer.url, "--mode", "local"]
-    return comfy_tools.run(command, folder=computer.host, home=computer.home, COMFYUI_PATH=str(computer.host))
+    program = comfy_tools.python_of(computer.environment).with_name("cm-cli")
+    command = [program, "install", computer.url, "--mode", "local"]
+    # PYTHONPATH: the Manager of the older host looks for the host's modules there, not where COMFYUI_PATH says.
+    where = {"COMFYUI_PATH": str(computer.host), "PYTHONPATH": str(computer.host)}
+    return comfy_tools.run(command, folder=computer.host, home=computer.home, **where)
 
 
 def by_comfy_cli(computer: Computer) -> str:
+    python = comfy_tools.python_of(computer.environment)
+    if subprocess.run([python, "-c", "import cm_cli"], capture_output=True).returncode:
+        pytest.skip(f"comfy-cli needs a newer Manager than {computer.before['comfyui-manager']}, which this host pins")
     words = [f"--workspace={computer.host}", "node", "install", computer.url, "--mode", "local"]
     return comfy_tools.comfy(*words, folder=computer.host, home=computer.home, environment=computer.environment)
 
