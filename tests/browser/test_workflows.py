@@ -146,4 +146,7 @@ def test_saved_and_dropped_back_in_it_is_unchanged(page, name):
     again = page.saved()
     for graph in (saved, again):
         graph["extra"].pop("ds", None)  # where one looks, and how closely
+        for node in graph["nodes"]:
+            if node["type"] == "PreviewAny":  # its "values" are what it shows
+                del node["widgets_values"]
     assert again == saved

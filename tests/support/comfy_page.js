@@ -106,6 +106,13 @@ window.rewindTest = {
     return String(node.id);
   },
 
+  // Whether no node has changed its size for half a second: those that show a file grow when it has been loaded.
+  settled() {
+    const sizes = JSON.stringify(app.graph._nodes.map((node) => [...node.size]));
+    if (sizes !== this.sizes) [this.sizes, this.since] = [sizes, performance.now()];
+    return performance.now() - this.since > 500;
+  },
+
   // Whether the page has drawn the node: it can be clicked, and the places of its widgets are known, from then on.
   drawn(id) {
     const node = app.graph.getNodeById(id);

@@ -141,6 +141,7 @@ class ComfyPage:
 
     def saved(self) -> dict:
         """The graph as the page saves it, through its Export and the download that follows."""
+        self.until("rewindTest.settled()")
         self.js("() => { app.extensionManager.command.execute('Comfy.ExportWorkflow') }")
         with self.page.expect_download() as download:
             self.dialog.get_by_role("button", name="Confirm").click()
