@@ -32,23 +32,28 @@ DARK = (30, 30, 30)
 PLAIN = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False}
 
 
-def graph_picture(page: ComfyPage) -> Image.Image:
-    """The whole open graph and nothing else of the page."""
+def graph_picture(page: ComfyPage) -> tuple[Image.Image, Image.Image]:
+    """The whole open graph and nothing else of the page; the same without its note."""
     from PIL import Image
 
     page.page.set_viewport_size({"width": 1400, "height": 900})
-    width, height = page.js("arguments => rewindTest.frame(...arguments)", [SCALE, MARGIN])
+    width, height, beside = page.js("arguments => rewindTest.frame(...arguments)", [SCALE, MARGIN])
     page.page.set_viewport_size({"width": width, "height": height})
     page.page.wait_for_timeout(1500)  # the page lays its canvas and the texts over it out again
     page.js("arguments => rewindTest.frame(...arguments)", [SCALE, MARGIN])
     page.page.wait_for_timeout(1500)
-    return Image.open(io.BytesIO(page.page.screenshot())).convert("RGB")
+    graph = Image.open(io.BytesIO(page.page.screenshot())).convert("RGB")
+    page.js("rewindTest.unframe()")
+    page.page.set_viewport_size({"width": 1400, "height": 900})
+    return graph, graph.crop((beside, 0, graph.width, graph.height))
 
 
 def save_small(picture: Image.Image, file: Path) -> None:
     """As PNG of as many colours as the limit allows."""
+    from PIL.Image import Quantize
+
     for colours in (256, 128, 64):
-        picture.quantize(colours, dither=0).save(file, optimize=True)
+        picture.quantize(colours, method=Quantize.MAXCOVERAGE, kmeans=2, dither=0).save(file, optimize=True)
         if file.stat().st_size <= LIMIT:
             return
     raise ValueError(f"{file} is {file.stat().st_size} bytes; the limit is {LIMIT}")
@@ -107,12 +112,11 @@ def draw(names: list[str]) -> None:
                     if status["status_str"] != "success":
                         raise RuntimeError(f"{file.name}: {status['messages'][-1]}")
                 page.page.wait_for_timeout(2000)  # pictures and films arrive after the run
-                graph = graph_picture(page)
+                graph, nodes = graph_picture(page)
                 save_small(graph, FOLDER / f"{file.stem}.png")
-                thumbnail(graph, result_frames(page)).save(file.with_suffix(".jpg"), quality=88, optimize=True)
-                print(
-                    f"{file.stem}: {graph.width} x {graph.height}, overlapping: {page.overlaps() or 'none'}", flush=True
-                )
+                thumbnail(nodes, result_frames(page)).save(file.with_suffix(".jpg"), quality=88, optimize=True)
+                size, overlaps = f"{graph.width} x {graph.height}", page.overlaps()
+                print(f"{file.stem}: {size}, nodes over one another: {overlaps or 'none'}", flush=True)
         finally:
             server.stop()
 

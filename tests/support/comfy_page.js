@@ -44,15 +44,20 @@ window.rewindTest = {
     for (const node of nodes) node.widgets.find((widget) => widget.name === name).value = value;
   },
 
-  // For a picture: everything of the page hidden but the graph, films at their first frame; the size of the whole graph.
-  frame(scale, margin) {
+  unframe() {
     document.getElementById("rewind-frame")?.remove();
+  },
+
+  // For a picture: everything of the page hidden but the graph, films at their first frame; the size of
+  // the whole graph, and where it begins beside its note.
+  frame(scale, margin) {
+    this.unframe();
     const style = document.createElement("style");
     style.id = "rewind-frame";
     style.textContent =
       "body > :not(#vue-app):not(script) { display: none !important }" +
       "#vue-app * { visibility: hidden !important }" +
-      "#graph-canvas, .rewind-shown, .rewind-shown * { visibility: visible !important }";
+      "#vue-app #graph-canvas, #vue-app .rewind-shown, #vue-app .rewind-shown * { visibility: visible !important }";
     document.head.append(style);
     const bar = LiteGraph.NODE_TITLE_HEIGHT;
     const nodes = app.graph._nodes;
@@ -72,7 +77,10 @@ window.rewindTest = {
     app.canvas.ds.scale = scale;
     app.canvas.ds.offset = [margin / scale - left, margin / scale - top];
     app.canvas.setDirty(true, true);
-    return [Math.ceil((right - left) * scale + 2 * margin), Math.ceil((bottom - top) * scale + 2 * margin)];
+    const notes = nodes.map((n) => n.type === "MarkdownNote");
+    const first = Math.min(...boxes.filter((_, i) => !notes[i]).map(([x]) => x));
+    const size = [right - left, bottom - top].map((length) => Math.ceil(length * scale + 2 * margin));
+    return [...size, Math.floor((first - left) * scale)];
   },
 
   // Rectangles with their titles; a pixel of rounding is no overlap.
