@@ -76,10 +76,22 @@ class RoundTripCheck(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, positive: list, inversion: Inversion, vae: Any, clip: Tensor) -> io.NodeOutput:
         samples = sampling.state_of(model, inversion)
-        sampling.check_conditioning(positive, samples, "positive", sampling.is_svd(model))
+        sampling.check_conditioning(model, positive, samples, "positive")
         if inversion.source is None:
             raise ValueError(
                 "this inversion does not hold its source: make it with EDM Inversion with Noise Extrapolation"
+            )
+        if (cfg := inversion.settings.get("cfg", 1.0)) != 1.0:
+            raise ValueError(
+                f"this inversion was made with cfg {cfg:g}, and the check plays it again without guidance: it would "
+                "blame the inversion for the difference; invert with cfg 1"
+            )
+        source = model.model.process_latent_out(inversion.source)
+        copy = decoded(vae, source)
+        frames = resized(clip, copy.shape[2], copy.shape[1], "clip").to(copy.device)
+        if len(frames) != len(copy):
+            raise ValueError(
+                f"the clip has {len(frames)} frames, the inversion {len(copy)}: connect the clip that was inverted"
             )
         undo = inversion.normalisation.undo if inversion.normalisation is not None else None
         result = sampling.sample(
@@ -90,15 +102,8 @@ class RoundTripCheck(io.ComfyNode):
             torch.zeros_like(samples),
             inversion.settings.get("seed", 0),
         )
-        source = model.model.process_latent_out(inversion.source)
-        copy, back = decoded(vae, source), decoded(vae, result)
-        frames = resized(clip, copy.shape[2], copy.shape[1], "clip").to(copy.device)
-        if len(frames) != len(copy):
-            raise ValueError(
-                f"the clip has {len(frames)} frames, the inversion {len(copy)}: connect the clip that was inverted"
-            )
         errors = frame_errors(result.cpu(), source.cpu())
-        return cls._report(frames.float(), copy.float(), back.float(), errors, inversion)
+        return cls._report(frames.float(), copy.float(), decoded(vae, result).float(), errors, inversion)
 
     @staticmethod
     def _report(frames: Tensor, copy: Tensor, back: Tensor, errors: Tensor, inversion: Inversion) -> io.NodeOutput:

@@ -26,7 +26,8 @@ def resized(images: Tensor, width: int, height: int, name: str) -> Tensor:
         raise ValueError(f"{name} has shape {tuple(images.shape)}: connect at least one RGB image")
     if not torch.isfinite(images).all():
         raise ValueError(f"{name} holds NaN or infinite values")
-    pixels = images[..., :3].movedim(-1, 1)
+    # Contiguous, so that a clip with alpha gives the very same numbers as one without.
+    pixels = images[..., :3].contiguous().movedim(-1, 1)
     return comfy.utils.common_upscale(pixels, width, height, "bilinear", "center").movedim(1, -1)
 
 

@@ -179,9 +179,13 @@ class EDMInversion(io.ComfyNode):
         model_sampling = model.get_model_object("model_sampling")
         path = sampling.noise_path(model_sampling)
         sigmas = truncate_sigmas(sampling.schedule(sigmas, model_sampling), strength)
-        sampling.check_conditioning(positive, samples, "positive", sampling.is_svd(model))
+        sampling.check_conditioning(model, positive, samples, "positive")
         if cfg > 1 and negative is None:
             raise ValueError(f"cfg is {cfg:g} but negative is not connected: connect it, or set cfg to 1")
+        if cfg > 1:
+            sampling.check_conditioning(model, negative, samples, "negative")
+        clean, normalisation = model.model.process_latent_in(samples.float().cpu()), latent.get(NORMALISATION)
+        source = clean if normalisation is None else normalisation.undo(clean)
         if "noise_mask" in latent:
             logger.warning("EDM Inversion: the noise_mask in the LATENT is not applied, the whole clip is inverted")
 
@@ -200,8 +204,6 @@ class EDMInversion(io.ComfyNode):
         noise = sampling.random_direction(samples, seed)
         result = sampling.sample(guider, sampler, sigmas, samples, noise, seed)
 
-        clean = model.model.process_latent_in(samples.float().cpu())
-        normalisation = latent.get(NORMALISATION)
         inversion = Inversion(
             latent=steps[-1]["x"],
             sigmas=sigmas.cpu(),
@@ -210,7 +212,7 @@ class EDMInversion(io.ComfyNode):
             residuals=tuple(step["residual"] for step in steps if step["residual"] is not None),
             evaluations=steps[-1]["evaluations"],
             settings={**options, "strength": strength, "seed": seed, "cfg": cfg, "path": path},
-            source=clean if normalisation is None else normalisation.undo(clean),
+            source=source,
         )
         # A mask would make the next sampler paste the inverted clip back; its normalisation is the inversion's now.
         kept = {name: value for name, value in latent.items() if name not in ("noise_mask", NORMALISATION)}
@@ -349,8 +351,8 @@ class SVDDenoise(io.ComfyNode):
         if guidance_from > guidance_to:
             raise ValueError(f"guidance_from ({guidance_from:g}) is above guidance_to ({guidance_to:g}): swap them")
         samples = sampling.state_of(model, inversion)
-        sampling.check_conditioning(positive, samples, "positive", sampling.is_svd(model))
-        sampling.check_conditioning(negative, samples, "negative", sampling.is_svd(model))
+        sampling.check_conditioning(model, positive, samples, "positive")
+        sampling.check_conditioning(model, negative, samples, "negative")
         guider = sampling.FrameGuider(model)
         guider.set_conds(positive, negative)
         guider.set_guidance(first_guidance, last_guidance, (guidance_from, guidance_to))

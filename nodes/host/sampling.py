@@ -23,30 +23,38 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...pipelines.denoiser import EDM, EPS, FLOW, NoisePath
+from ...pipelines.denoiser import COSMOS, EDM, EPS, FLOW, NoisePath, V
 from ...pipelines.videoshop.denoising import frame_guidance, guided, sample_euler
 from ...pipelines.videoshop.inversion import Inversion, sample_edm_inversion
 
 logger = logging.getLogger(__name__)
 
-REFUSED = ("IMG_TO_IMG", "X0", "IMG_TO_IMG_FLOW", "V_PREDICTION_DDPM")  # some are unknown to older hosts
+FLOW_SLACK = 1.001  # a shifted schedule may round to a little more than 1
 Step = dict[str, Any]  # what a sampler of `pipelines` tells after each step
 
 
 def noise_path(model_sampling: torch.nn.Module) -> NoisePath:
-    """How the model mixes signal and noise, from the class of its `model_sampling`; ValueError for unknown kinds."""
-    classes = comfy.model_sampling
-    for name in REFUSED:
-        if isinstance(model_sampling, getattr(classes, name, ())):
-            raise ValueError(
-                f"this model samples as {name}, which cannot be inverted yet (CogVideoX, image-to-image models): use a "
-                "model of another family, such as Stable Video Diffusion, Stable Diffusion, Wan, LTXV or Hunyuan Video"
-            )
-    if isinstance(model_sampling, classes.CONST):
-        return FLOW
-    if isinstance(model_sampling, classes.V_PREDICTION):  # and EDM, which differs in the sign of F alone
+    """How the model mixes signal and noise, told by how its `model_sampling` makes a denoised estimate.
+
+    ValueError for every other kind: CogVideoX and image-to-image models sample in other coordinates, distilled ones
+    (LCM) mix the input in.
+    """
+    classes, own = comfy.model_sampling, type(model_sampling).calculate_denoised
+    if own is classes.EDM.calculate_denoised:
         return EDM(float(model_sampling.sigma_data))
-    return EPS
+    if own is classes.V_PREDICTION.calculate_denoised:  # EDM's, but for the sign of F
+        return V if model_sampling.sigma_data == 1 else EDM(float(model_sampling.sigma_data))
+    known = {classes.EPS: EPS, classes.CONST: FLOW, classes.COSMOS_RFLOW: COSMOS}
+    for kind, path in known.items():
+        if own is kind.calculate_denoised:
+            return path
+    # The host mixes a class of levels and one of these into a nameless class: the second is what a user may know.
+    mixed, *bases = (base for base in type(model_sampling).__mro__ if hasattr(base, "calculate_denoised"))
+    kind = mixed if "calculate_denoised" in vars(mixed) else bases[0]
+    raise ValueError(
+        f"this model samples as {kind.__name__}, which cannot be inverted yet (CogVideoX, image-to-image and distilled "
+        "models): use a model of another family, such as Stable Video Diffusion, Stable Diffusion or Wan"
+    )
 
 
 class DirectSampler(comfy.samplers.Sampler):
@@ -79,8 +87,9 @@ class DirectSampler(comfy.samplers.Sampler):
         model_sampling = model_wrap.inner_model.model_sampling
         options = extra_args.get("model_options", {})
         # At guidance 1 the host leaves out the negative side, and a guidance function such as VideoLinearCFGGuidance's
-        # would mix its zeros in.
-        if math.isclose(getattr(model_wrap, "cfg", 0.0), 1.0) and not options.get("disable_cfg1_optimization", False):
+        # would mix its zeros in. (A guider with a prediction of its own, DualCFGGuider, has other guidance than `cfg`.)
+        plain = type(model_wrap).predict_noise is comfy.samplers.CFGGuider.predict_noise
+        if plain and math.isclose(model_wrap.cfg, 1.0) and not options.get("disable_cfg1_optimization", False):
             options.pop("sampler_cfg_function", None)
 
         def denoiser(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
@@ -255,7 +264,7 @@ def schedule(sigmas: Tensor, model_sampling: torch.nn.Module) -> Tensor:
             "connect a scheduler's output as it is, without FlipSigmas or the upper part of SplitSigmas"
         )
     highest, limit = float(sigmas[0]), float(model_sampling.sigma_max)
-    if highest > 1.01 * limit:
+    if highest > limit * (FLOW_SLACK if noise_path(model_sampling) == FLOW else 1.01):
         raise ValueError(
             f"the SIGMAS go up to {highest:g}, but this model's noise levels end at {limit:g}: connect a scheduler "
             "that is connected to the same MODEL (BasicScheduler), or set its sigma_max"
@@ -291,11 +300,18 @@ def check_latent(model: Any, latent: dict[str, Any]) -> Tensor:
     return samples
 
 
-def check_conditioning(conditioning: list, samples: Tensor, name: str, svd: bool) -> None:
+def check_conditioning(model: Any, conditioning: list, samples: Tensor, name: str) -> None:
     """ValueError where a condition is missing, not finite, of another size than the latent or, for SVD, no picture."""
     if not conditioning:
         raise ValueError(f"{name} is empty: connect a CONDITIONING")
+    svd = is_svd(model)
+    width = model.model.model_config.unet_config.get("context_dim") if svd else None
     for embedding, extra in conditioning:
+        if width is not None and embedding.shape[-1] != width:
+            raise ValueError(
+                f"{name} holds an embedding of width {embedding.shape[-1]}, this MODEL takes {width}: connect the "
+                "CLIP_VISION that came with the MODEL"
+            )
         image = extra.get("concat_latent_image")
         if svd and image is None:
             raise ValueError(f"{name} holds no first frame: connect Videoshop Conditioning or SVD_img2vid_Conditioning")

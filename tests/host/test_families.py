@@ -1,4 +1,4 @@
-"""Inversion on the host's own model classes: Stable Video Diffusion (V), Stable Diffusion 1.5 (EPS), Wan (flow)."""
+"""Inversion on the host's own classes: Stable Video Diffusion (V), Stable Diffusion 1.5 (EPS), three flow models."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import pytest
 import tiny_models
 import torch
 
-SCHEDULERS = {"svd": "karras", "sd15": "karras", "wan": "simple"}
+SCHEDULERS = {"svd": "karras", "sd15": "karras", "wan": "simple", "ltxv": "simple", "hunyuan": "simple"}
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def models(host):
-    return {"svd": tiny_models.svd(host), "sd15": tiny_models.sd15(host), "wan": tiny_models.wan(host)}
+    return {family: getattr(tiny_models, family)(host) for family in SCHEDULERS}
 
 
 def invert(host, model, family, latent=None, **inputs):
@@ -71,6 +71,60 @@ def test_the_latent_resumes_as_the_noise_does(host, models, family):
     assert relative(result["samples"], resume(host, model, family, noise, sigmas)) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["svd", "sd15"])
+def test_the_benchmarks_naive_inversion_is_what_the_hosts_nodes_do(host, models, family):
+    """FlipSigmas, DisableNoise and euler, against the same steps written down in `pipelines`."""
+    model, latent = models[family], tiny_models.latent(family)
+    levels = tiny_models.sigmas(model, STEPS, SCHEDULERS[family])
+    (guider,) = host.run_node("BasicGuider", model=model, conditioning=tiny_models.conditioning(family))
+    (flipped,) = host.run_node("FlipSigmas", sigmas=levels)
+    (euler,) = host.run_node("KSamplerSelect", sampler_name="euler")
+    (none,) = host.run_node("DisableNoise")
+    nodes, _ = host.run_node(
+        "SamplerCustomAdvanced", noise=none, guider=guider, sampler=euler, sigmas=flipped, latent_image=latent
+    )
+    sampling, naive = host.module("nodes.host.sampling"), host.module("pipelines.videoshop.inversion")
+
+    def written_down(denoiser, x, sigmas, *, extra_args, callback, **_):
+        return naive.sample_naive_inversion(denoiser, x, sigmas.flip(0), extra_args, callback, disable=True)
+
+    own = sampling.sample(
+        sampling.guider(model, tiny_models.conditioning(family)),
+        sampling.DirectSampler(written_down),
+        levels,
+        latent["samples"],
+        torch.zeros_like(latent["samples"]),
+        0,
+    )
+    assert relative(own, nodes["samples"]) < 1e-5
+
+
+def test_a_controlnet_on_the_conditioning_applies(host, models):
+    def inverted(positive):
+        latent, *_ = host.run_node(
+            "RewindEDMInversion",
+            model=models["sd15"],
+            positive=positive,
+            latent=tiny_models.latent("sd15"),
+            sigmas=tiny_models.sigmas(models["sd15"], STEPS, "karras"),
+            strength=1.0,
+        )
+        return latent["samples"]
+
+    plain = tiny_models.conditioning("sd15")
+    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    net = tiny_models.controlnet(host)
+
+    def controlled(strength):
+        values = {"positive": plain, "negative": plain, "control_net": net, "image": image, "strength": strength}
+        return host.run_node("ControlNetApplyAdvanced", **values, start_percent=0.0, end_percent=1.0)[0]
+
+    without = inverted(plain)
+    assert relative(inverted(controlled(1.0)), without) > 1e-3
+    assert torch.equal(inverted(controlled(1e-9)), without) or relative(inverted(controlled(1e-9)), without) < 1e-6
+    assert torch.equal(inverted(plain), without)
+
+
 @pytest.mark.parametrize("strength, steps", [(1.0, 6), (0.55, 3), (0.05, 1)])
 def test_strength_takes_the_last_steps(host, models, strength, steps):
     model = models["svd"]
@@ -118,22 +172,47 @@ def test_the_normalisation_travels_into_the_inversion(host, models):
 @pytest.mark.parametrize("family", SCHEDULERS)
 def test_the_path_is_read_from_the_model(host, models, family):
     sampling, denoiser = host.module("nodes.host.sampling"), host.module("pipelines.denoiser")
-    wanted = {"svd": denoiser.V, "sd15": denoiser.EPS, "wan": denoiser.FLOW}[family]
+    wanted = {"svd": denoiser.V, "sd15": denoiser.EPS}.get(family, denoiser.FLOW)
     assert sampling.noise_path(models[family].get_model_object("model_sampling")) == wanted
 
 
-@pytest.mark.parametrize("name", ["IMG_TO_IMG", "IMG_TO_IMG_FLOW", "V_PREDICTION_DDPM"])
+def resampled(model, kind):
+    """A MODEL that makes its denoised estimate as another kind does."""
+    import comfy.model_sampling
+
+    class Sampling(comfy.model_sampling.ModelSamplingContinuousEDM, kind):
+        pass
+
+    model = model.clone()
+    model.add_object_patch("model_sampling", Sampling(model.model.model_config))
+    return model
+
+
+@pytest.mark.parametrize("name", ["X0", "IMG_TO_IMG", "IMG_TO_IMG_FLOW", "V_PREDICTION_DDPM"])
 def test_models_in_other_coordinates_are_refused(host, models, name):
     import comfy.model_sampling
 
     if not hasattr(comfy.model_sampling, name):
         pytest.skip(f"ComfyUI {host.version} has no {name}")
-    kind = getattr(comfy.model_sampling, name)
-
-    class Sampling(comfy.model_sampling.ModelSamplingContinuousEDM, kind):
-        pass
-
-    model = models["svd"].clone()
-    model.add_object_patch("model_sampling", Sampling(model.model.model_config))
     with pytest.raises(ValueError, match=f"samples as {name}"):
-        invert(host, model, "svd")
+        invert(host, resampled(models["svd"], getattr(comfy.model_sampling, name)), "svd")
+
+
+def test_a_distilled_model_is_refused(host, models):
+    (model,) = host.run_node("ModelSamplingDiscrete", model=models["sd15"], sampling="lcm", zsnr=False)
+    with pytest.raises(ValueError, match="samples as LCM"):
+        invert(host, model, "sd15")
+
+
+def test_the_skip_of_every_path_is_the_hosts(host, models):
+    """c_skip is the share of x in the denoised estimate: what is left of x where the network's output is 0."""
+    import comfy.model_sampling as kinds
+
+    sampling = host.module("nodes.host.sampling")
+    for kind in (kinds.EPS, kinds.V_PREDICTION, kinds.EDM, kinds.CONST, kinds.COSMOS_RFLOW):
+        own = resampled(models["svd"], kind).get_model_object("model_sampling")
+        path = sampling.noise_path(own)
+        for sigma in (0.01, 0.4, 0.9, 30.0):
+            x, zero = torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)
+            left = own.calculate_denoised(torch.tensor([sigma]), zero, x)
+            torch.testing.assert_close(left, path.c_skip(sigma) * x, msg=f"{kind.__name__} at {sigma}")

@@ -259,6 +259,11 @@ BAD = {
     "another model's latent": ({"latent": {"samples": torch.ones(1, 16, 3, 8, 8)}}, "4 channels"),
     "another size": ({"latent": {"samples": torch.ones(5, 4, 8, 16)}}, "made for 64 x 64 pixels"),
     "cfg without negative": ({"cfg": 3.0}, "negative is not connected"),
+    "negative of another size": (
+        {"cfg": 3.0, "negative": [[torch.ones(1, 1, 64), {"concat_latent_image": torch.ones(1, 4, 4, 4)}]]},
+        "negative was made for 32 x 32 pixels",
+    ),
+    "another model's embedding": ({"positive": [[torch.ones(1, 1, 1024), {}]]}, "width 1024, this MODEL takes 64"),
     "no picture": ({"positive": [[torch.ones(1, 1, 64), {}]]}, "no first frame"),
     "no condition": ({"positive": []}, "positive is empty"),
 }
@@ -270,6 +275,15 @@ def test_bad_inputs_are_refused_before_any_sampling(host, model, inputs, case):
     counting, calls = counted(model)
     with pytest.raises(ValueError, match=message):
         host.run_node("RewindEDMInversion", model=counting, **{**inputs, **change})
+    assert calls == []
+
+
+def test_a_clip_that_was_cut_after_its_normalisation_is_refused(host, model, inputs):
+    counting, calls = counted(model)
+    (normalised,) = host.run_node("RewindLatentNormalize", model=model, latent=inputs["latent"], kind="frame")
+    (cut,) = host.run_node("LatentFromBatch", samples=normalised, batch_index=0, length=3)
+    with pytest.raises(ValueError, match="before it is normalised, not after"):
+        host.run_node("RewindEDMInversion", model=counting, **{**inputs, "latent": cut})
     assert calls == []
 
 

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-SHAPES = {"svd": (5, 4, 8, 8), "sd15": (2, 4, 8, 8), "wan": (1, 16, 3, 8, 8)}  # of the latents to test with
+SHAPES = {  # of the latents to test with
+    "svd": (5, 4, 8, 8),
+    "sd15": (2, 4, 8, 8),
+    "wan": (1, 16, 3, 8, 8),
+    "ltxv": (1, 128, 3, 4, 4),
+    "hunyuan": (1, 16, 3, 8, 8),
+}
 
 
 def randomise(module: torch.nn.Module, seed: int, gain: float, last: torch.nn.Module, last_gain: float) -> None:
@@ -70,6 +76,24 @@ def svd(host: Any) -> Any:
     return models.build_model(weights, config.ImageToVideoConfig())
 
 
+SD15 = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "use_linear_in_transformer": False,
+    "context_dim": 32,
+    "adm_in_channels": None,
+    "use_spatial_transformer": True,
+    "dtype": torch.float32,
+}
+
+
 def sd15(host: Any) -> Any:
     """A MODEL of the host's Stable Diffusion 1.5 class (EPS, discrete levels)."""
     import comfy.supported_models
@@ -77,31 +101,22 @@ def sd15(host: Any) -> Any:
     class TinySD15(comfy.supported_models.SD15):
         unet_extra_config = {"num_heads": 2, "num_head_channels": -1}
 
-    settings = TinySD15(
-        {
-            "image_size": 32,
-            "in_channels": 4,
-            "out_channels": 4,
-            "model_channels": 32,
-            "num_res_blocks": [1, 1],
-            "channel_mult": [1, 2],
-            "transformer_depth": [1, 1],
-            "transformer_depth_output": [1, 1, 1, 1],
-            "transformer_depth_middle": 1,
-            "use_linear_in_transformer": False,
-            "context_dim": 32,
-            "adm_in_channels": None,
-            "use_spatial_transformer": True,
-            "legacy": False,
-            "use_temporal_attention": False,
-            "use_temporal_resblock": False,
-            "dtype": torch.float32,
-        }
-    )
+    settings = TinySD15({**SD15, "legacy": False, "use_temporal_attention": False, "use_temporal_resblock": False})
     settings.set_inference_dtype(torch.float32, None)
     model = settings.get_model({}, "", device=torch.device("cpu"))
     randomise(model.diffusion_model, 1, 0.5, model.diffusion_model.out[2], 0.01)
     return _patcher(model)
+
+
+def controlnet(host: Any) -> Any:
+    """A CONTROL_NET of the host's own class for the tiny Stable Diffusion, with random weights."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.model_management as management
+
+    network = comfy.cldm.cldm.ControlNet(**SD15, num_heads=2, hint_channels=3, legacy=False)
+    randomise(network, 5, 0.5, network.middle_block_out[0], 0.5)
+    return comfy.controlnet.ControlNet(network, load_device=management.get_torch_device())
 
 
 def wan(host: Any) -> Any:
@@ -133,6 +148,60 @@ def wan(host: Any) -> Any:
     return _patcher(model)
 
 
+def ltxv(host: Any) -> Any:
+    """A MODEL of the host's LTXV class (rectified flow, 5-D latents of 128 channels)."""
+    import comfy.supported_models
+
+    settings = comfy.supported_models.LTXV(
+        {
+            "image_model": "ltxv",
+            "num_layers": 2,
+            "num_attention_heads": 4,
+            "attention_head_dim": 32,
+            "cross_attention_dim": 128,
+            "caption_channels": 64,
+        }
+    )
+    settings.set_inference_dtype(torch.float32, None)
+    model = settings.get_model({}, "", device=torch.device("cpu"))
+    randomise(model.diffusion_model, 4, 0.3, model.diffusion_model.proj_out, 0.15)
+    return _patcher(model)
+
+
+def hunyuan(host: Any) -> Any:
+    """A MODEL of the host's HunyuanVideo class (rectified flow, 5-D latents, text joined to the picture's tokens)."""
+    import comfy.supported_models
+
+    settings = comfy.supported_models.HunyuanVideo(
+        {
+            "image_model": "hunyuan_video",
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_size": [1, 2, 2],
+            "vec_in_dim": 768,
+            "axes_dim": [16, 56, 56],
+            "context_in_dim": 64,
+            "hidden_size": 128,
+            "mlp_ratio": 4.0,
+            "num_heads": 1,
+            "depth": 1,
+            "depth_single_blocks": 1,
+            "theta": 256,
+            "qkv_bias": True,
+            "guidance_embed": False,
+            "byt5": False,
+            "meanflow": False,
+            "use_cond_type_embedding": False,
+            "vision_in_dim": None,
+            "meanflow_sum": False,
+        }
+    )
+    settings.set_inference_dtype(torch.float32, None)
+    model = settings.get_model({}, "", device=torch.device("cpu"))
+    randomise(model.diffusion_model, 6, 0.3, model.diffusion_model.final_layer.linear, 0.05)
+    return _patcher(model)
+
+
 def conditioning(family: str, seed: int = 0) -> list:
     """A CONDITIONING of random values that the family's tiny model takes."""
     generator = torch.Generator().manual_seed(100 + seed)
@@ -140,8 +209,12 @@ def conditioning(family: str, seed: int = 0) -> list:
         image = torch.randn(1, 4, 8, 8, generator=generator)
         extra = {"concat_latent_image": image, "fps": 7, "motion_bucket_id": 127, "augmentation_level": 0.02}
         return [[torch.randn(1, 1, 64, generator=generator), extra]]
-    width = {"sd15": 32, "wan": 64}[family]
-    return [[torch.randn(1, 12, width, generator=generator), {}]]
+    width = {"sd15": 32, "wan": 64, "ltxv": 64, "hunyuan": 64}[family]
+    extra = {
+        "ltxv": {"frame_rate": 25, "attention_mask": torch.ones(1, 12, dtype=torch.long)},
+        "hunyuan": {"pooled_output": torch.zeros(1, 768)},
+    }
+    return [[torch.randn(1, 12, width, generator=generator), extra.get(family, {})]]
 
 
 def latent(family: str, seed: int = 0) -> dict[str, torch.Tensor]:
