@@ -176,6 +176,7 @@ class ComfyPage:
         for _ in range(5):  # on a busy machine the second click may come too late to be a double click
             if self.page.locator("input:focus").count():
                 break
+            self.page.wait_for_timeout(400)  # so that a click just before is not taken for the first of the two
             self.page.mouse.dblclick(640, 700)
             self.comes_true("document.querySelector('input:focus') !== null", timeout=3)
         self.page.locator("input:focus").fill(words)
