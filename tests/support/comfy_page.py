@@ -178,7 +178,7 @@ class ComfyPage:
                 break
             self.page.wait_for_timeout(400)  # so that a click just before is not taken for the first of the two
             self.page.mouse.dblclick(640, 700)
-            self.comes_true("document.querySelector('input:focus') !== null", timeout=3)
+            self.comes_true("document.querySelector('input:focus') !== null", timeout=1.5)
         self.page.locator("input:focus").fill(words)
 
     def found(self, name: str, timeout: float = 5) -> bool:
