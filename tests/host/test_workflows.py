@@ -96,13 +96,14 @@ def test_videoshop_shows_the_known_answer(host, trained, videoshop):
     result, source, target, region = result.movedim(-1, 1), truth.source, truth.target, truth.region
     static, untouched = target[:1].expand_as(target), 1 - region
     # That the edit went through the whole clip and nothing else changed. How well, `rewind benchmark` tells over many
-    # clips; THRESHOLDS to be raised to what the final weights reach.
+    # clips; here the bounds are just below what the shipped weights reach on this clip (12.7, 6.1, 12.4 and 22.5 dB, 0.79
+    # and 0.49), so that a change for the worse is seen.
     edit = metrics.psnr(result, target, region)
-    assert edit >= metrics.psnr(source, target, region) + 3
+    assert edit >= metrics.psnr(source, target, region) + 6
     assert edit >= metrics.psnr(static, target, region)
-    assert metrics.psnr(result, source, untouched) >= 20
+    assert metrics.psnr(result, source, untouched) >= 22
     transfer = metrics.colour_transfer(result, source, target, truth.target_mask)
-    assert float(transfer.mean()) >= 0.6 and float(transfer[-1]) >= 0.4
+    assert float(transfer.mean()) >= 0.75 and float(transfer[-1]) >= 0.45
 
 
 def test_a_second_run_is_the_same_and_a_changed_edit_is_not(host, server, trained):
