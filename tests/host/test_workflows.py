@@ -96,8 +96,8 @@ def test_videoshop_shows_the_known_answer(host, trained, videoshop):
     result, source, target, region = result.movedim(-1, 1), truth.source, truth.target, truth.region
     static, untouched = target[:1].expand_as(target), 1 - region
     # That the edit went through the whole clip and nothing else changed. How well, `rewind benchmark` tells over many
-    # clips; here the bounds are just below what the shipped weights reach on this clip (12.7, 6.1, 12.4 and 22.5 dB, 0.79
-    # and 0.49), so that a change for the worse is seen.
+    # clips; the bounds are just below what the shipped weights reach on this one (12.7, 6.1, 12.4 and 22.5 dB, 0.79 and
+    # 0.49), so that a change for the worse is seen.
     edit = metrics.psnr(result, target, region)
     assert edit >= metrics.psnr(source, target, region) + 6
     assert edit >= metrics.psnr(static, target, region)
