@@ -25,13 +25,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import world as W
-from .models import SCALING_FACTOR, ImageToVideoConfig, build_image_encoder, build_unet, build_vae, load_components
+from .models import (
+    PICTURE_MEAN,
+    PICTURE_STD,
+    SCALING_FACTOR,
+    ImageToVideoConfig,
+    build_image_encoder,
+    build_unet,
+    build_vae,
+    load_components,
+)
 
 log = logging.getLogger(__name__)
 
-# The first three latent channels are held near the eight times smaller picture, which gives the encoder a start, keeps
-# colour linear and leaves the fourth for detail. Affine, so that the latents have about unit variance in model space.
-PICTURE_MEAN, PICTURE_STD = -0.10, 0.26
 LATENT_NOISE = 0.10  # added before decoding in training: the decoder then forgives a sampler's small errors
 P_MEAN, P_STD = 0.3, 1.5  # ln sigma of the UNet's training noise, normal ...
 WIDE = 0.15  # ... but for this share, which is uniform over the whole of SVD's range: samplers start at 700

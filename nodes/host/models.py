@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.clip_vision
+import comfy.latent_formats
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
@@ -23,7 +24,7 @@ from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
 from torch import Tensor
 
 from ...demo.keys import split_checkpoint
-from ...demo.models import WEIGHTS, ImageToVideoConfig
+from ...demo.models import PICTURE_MEAN, PICTURE_STD, WEIGHTS, ImageToVideoConfig
 
 Weights = dict[str, Tensor]
 
@@ -84,6 +85,18 @@ def unet_settings(config: ImageToVideoConfig) -> dict[str, Any]:
     }
 
 
+class PictureLatent(comfy.latent_formats.SD15):
+    """Stable Diffusion's latents with the embedded VAE's colours: three channels of it are a small picture already."""
+
+    def __init__(self):
+        super().__init__()
+        self.latent_rgb_factors = [
+            [PICTURE_STD if channel == colour else 0.0 for colour in range(3)] for channel in range(4)
+        ]
+        self.latent_rgb_factors_bias = [PICTURE_MEAN] * 3
+        self.taesd_decoder_name = None
+
+
 def build_model(weights: Weights, config: ImageToVideoConfig) -> Any:
     """A MODEL of the host's SVD class from the UNet's weights in the checkpoint's names."""
 
@@ -93,6 +106,7 @@ def build_model(weights: Weights, config: ImageToVideoConfig) -> Any:
             "num_head_channels": config.head_channels,
             "attn_precision": torch.float32,
         }
+        latent_format = PictureLatent
 
     settings = TinySVD(unet_settings(config))
     settings.set_inference_dtype(torch.float32, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -155,3 +156,22 @@ def test_the_host_tells_the_same_of_the_checkpoint(host):
     assert {name: found.get(name) for name in wanted if name != "dtype"} == {
         name: value for name, value in wanted.items() if name != "dtype"
     }
+
+
+@torch.inference_mode()
+def test_previews_show_the_picture(host):
+    """What the page shows of a clip while it is sampled, against the eight times smaller clip."""
+    import latent_preview
+
+    if not host.module("demo.models").WEIGHTS.is_file():
+        pytest.skip("the embedded model's weights are not there")
+    model, _, vae = host.run_node("RewindDemoImageToVideo")
+    source = host.module("demo.clip").example(3).source
+    encoded = vae.encode(source.movedim(1, -1).contiguous())
+    space = model.get_model_object("latent_format")
+    previewer = latent_preview.Latent2RGBPreviewer(space.latent_rgb_factors, space.latent_rgb_factors_bias)
+    picture = previewer.decode_latent_to_preview(model.model.process_latent_in(encoded.float()))
+    shown = torch.from_numpy(np.array(picture)).float() / 255
+    wanted = torch.nn.functional.avg_pool2d(source[:1], 8)[0].movedim(0, -1)
+    assert shown.shape == wanted.shape
+    assert float((shown - wanted).abs().mean()) < 0.04 and float((shown - wanted.mean()).abs().mean()) > 0.04
