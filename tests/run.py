@@ -69,9 +69,8 @@ def host_venv(host: Path) -> Path:
 
 def pytest(executable: Path, *arguments: str, host: Path | None = None) -> Count:
     """Run one pytest session and count its results; a session that ends without a report counts as one failure."""
-    environment = {**os.environ, "REWIND_HOST": str(host.resolve()) if host else ""}
-    if host:  # tiny models: where cores are shared, threads that wait for each other cost ten times what they save
-        environment.setdefault("OMP_NUM_THREADS", "1")
+    # One thread: where cores are shared, threads that wait for each other cost tiny models ten times what they save.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "REWIND_HOST": str(host.resolve()) if host else ""}
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.xml"
         command = [executable, "-q", "-rfEs", f"--junitxml={report}", *arguments]
