@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from ..demo.clip import SEEDS
 from ..pipelines.videoshop.settings import DEFAULT, VideoshopSettings
 from . import runner
 from .editing import Variant, jobs, work
-from .videoshop import Record, per_clip
+from .videoshop import Record, gain, per_clip
 
 KINDS = ("recolour", "reshape")  # by default: colour and outline, the two that fade on the way
 
@@ -80,14 +80,6 @@ def candidates(choices: Sequence[str], base: VideoshopSettings) -> list[Variant]
         grid = [change for choice in ONE_AT_A_TIME for change in parse(choice)]
     settings = dict.fromkeys([base, *(replace(base, **change) for change in grid)])
     return [Variant(name_of(each, base), each) for each in settings]
-
-
-def gain(own: Sequence[Record], base: Sequence[Record]) -> tuple[float, float]:
-    """Mean and standard error of the edited-region PSNR over the base's, clip by clip."""
-    pairs = zip(per_clip(own, "psnr_edit"), per_clip(base, "psnr_edit"), strict=True)
-    differences = [a - b for a, b in pairs]
-    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return fmean(differences), error
 
 
 def ranking(records: Sequence[Record], variants: Sequence[Variant]) -> str:

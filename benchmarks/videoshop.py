@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from ..demo.clip import SEEDS
@@ -83,6 +83,23 @@ def results_table(records: Sequence[Record], names: Sequence[str]) -> str:
     return runner.table(["variant", *COLUMNS, "evaluations, inversion + denoising"], rows)
 
 
+def gain(own: Sequence[Record], base: Sequence[Record]) -> tuple[float, float]:
+    """Mean and standard error of the edited-region PSNR over the base's, clip by clip."""
+    pairs = zip(per_clip(own, "psnr_edit"), per_clip(base, "psnr_edit"), strict=True)
+    differences = [a - b for a, b in pairs]
+    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return fmean(differences), error
+
+
+def lead_table(records: Sequence[Record], names: Sequence[str], own: str = "our default") -> str:
+    """How far one variant's edited region is ahead of each other one's, clip by clip."""
+    of = {name: [record for record in records if record["variant"] == name] for name in names}
+    leads = [(name, *gain(of[own], of[name])) for name in names if name != own]
+    return runner.table(
+        ["variant", f"{own} over it, dB ± standard error"], [[n, f"{m:+.2f} ± {e:.2f}"] for n, m, e in leads]
+    )
+
+
 def report(records: Sequence[Record], names: Sequence[str], seeds: str) -> str:
     """All tables as Markdown: the mean over the kinds of edit, then each kind."""
     kinds = [kind for kind in EDITS if any(record["kind"] == kind for record in records)]
@@ -103,6 +120,8 @@ def report(records: Sequence[Record], names: Sequence[str], seeds: str) -> str:
         text += f"\nFewer than {MINIMUM_CLIPS} clips: a lead, not a result.\n"
     if len(kinds) > 1:
         text += f"\n## Mean of {', '.join(kinds)}\n\n{results_table(records, rows)}"
+    if clips > 1 and "our default" in names:
+        text += f"\n## Edited region, clip by clip\n\n{lead_table(records, names)}"
     for kind in kinds:
         text += f"\n## {kind}\n\n{results_table([r for r in records if r['kind'] == kind], rows)}"
     return text

@@ -364,3 +364,13 @@ def test_a_host_that_fails_is_told_with_its_last_words(tmp_path, monkeypatch):
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     with pytest.raises(ValueError, match="no such luck"):
         cost.main(output=tmp_path)
+
+
+def test_the_lead_is_told_clip_by_clip():
+    scores = {"our default": (20.0, 24.0), "other": (19.0, 21.0)}
+    records = [
+        {"variant": name, "seed": seed, "psnr_edit": value}
+        for name, values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+    assert videoshop.lead_table(records, list(scores)).endswith("| other | +2.00 ± 1.00 |\n")
