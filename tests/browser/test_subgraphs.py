@@ -12,6 +12,7 @@ WORKFLOWS = sorted((comfy_host.ROOT / "workflows").glob("*.json"))
 # What the page adds by itself: inputs of a newer host, and a widget that holds the words which PreviewAny shows.
 ADDED = {
     "CreateVideo": {"bit_depth"},
+    "LoadVideo": {"video-preview"},
     "SaveVideo": {"format.codec"},
     "PreviewAny": {"preview", "previewMode"},
 }
