@@ -66,16 +66,14 @@ def model_facts(model: str | None) -> ModelFacts:
     if model is None:
         own = ImageToVideoConfig()
         return ModelFacts(own.frames, own.size**2, 8 * 2 ** (len(own.unet_channels) - 1))
-    from diffusers import UNetSpatioTemporalConditionModel
+    from .pipelines.videoshop.pipeline import unet_config
 
     try:
-        config = UNetSpatioTemporalConditionModel.load_config(model, subfolder="unet")
+        config = unet_config(model)
     except OSError as error:
         raise ValueError(
             f"{model} is not a model in diffusers' layout, neither a folder nor a hub's id within reach ({error})"
         ) from error
-    if config.get("_class_name") != "UNetSpatioTemporalConditionModel":
-        raise ValueError(f"{model} holds a {config.get('_class_name')}; Videoshop takes image-to-video models like SVD")
     levels = len(config["block_out_channels"])
     return ModelFacts(
         config.get("num_frames") or 14, (8 * (config.get("sample_size") or 96)) ** 2, 8 * 2 ** (levels - 1)

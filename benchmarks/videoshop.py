@@ -17,6 +17,7 @@ from ..pipelines.videoshop.settings import DEFAULT, NAIVE, PAPER, REFERENCE
 from . import runner
 from .editing import REFERENCES, Variant, jobs, work
 
+OWN = "our default"  # the variant that the others are compared with
 REFINEMENTS = 2  # of the variant "our default, refined"
 MINIMUM_CLIPS = 32  # for a figure in the README
 
@@ -34,8 +35,8 @@ def variants() -> list[Variant]:
         Variant("naive, the paper's form", NAIVE),
         Variant("reference code", REFERENCE),
         Variant("paper", PAPER),
-        Variant("our default", DEFAULT),
-        Variant(f"our default, refined {REFINEMENTS} times", replace(DEFAULT, refine=REFINEMENTS)),
+        Variant(OWN, DEFAULT),
+        Variant(f"{OWN}, refined {REFINEMENTS} times", replace(DEFAULT, refine=REFINEMENTS)),
     ]
     turned = []
     for method in methods[1:]:
@@ -91,7 +92,7 @@ def gain(own: Sequence[Record], base: Sequence[Record]) -> tuple[float, float]:
     return fmean(differences), error
 
 
-def lead_table(records: Sequence[Record], names: Sequence[str], own: str = "our default") -> str:
+def lead_table(records: Sequence[Record], names: Sequence[str], own: str = OWN) -> str:
     """How far one variant's edited region is ahead of each other one's, clip by clip."""
     of = {name: [record for record in records if record["variant"] == name] for name in names}
     leads = [(name, *gain(of[own], of[name])) for name in names if name != own]
@@ -120,7 +121,7 @@ def report(records: Sequence[Record], names: Sequence[str], seeds: str) -> str:
         text += f"\nFewer than {MINIMUM_CLIPS} clips: a lead, not a result.\n"
     if len(kinds) > 1:
         text += f"\n## Mean of {', '.join(kinds)}\n\n{results_table(records, rows)}"
-    if clips > 1 and "our default" in names:
+    if clips > 1 and OWN in names:
         text += f"\n## Edited region, clip by clip\n\n{lead_table(records, names)}"
     for kind in kinds:
         text += f"\n## {kind}\n\n{results_table([r for r in records if r['kind'] == kind], rows)}"

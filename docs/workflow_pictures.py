@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -132,12 +131,7 @@ def main() -> int:
     sys.path.insert(0, str(ROOT / "tests"))
     import run
 
-    host = next((path for path in run.hosts() if (path / "main.py").is_file()), None)
-    if host is None:
-        print(f"needs a ComfyUI at one of {', '.join(map(str, run.hosts()))}; COMFYUI_PATH names others")
-        return 1
-    environment = {**os.environ, "REWIND_HOST": str(host.resolve())}
-    return subprocess.run([run.host_venv(host) / "bin" / "python", __file__, *names], env=environment).returncode
+    return run.in_a_host(__file__, *names)
 
 
 if __name__ == "__main__":

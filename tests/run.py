@@ -67,6 +67,16 @@ def host_venv(host: Path) -> Path:
     return folder
 
 
+def in_a_host(script: str, *words: str) -> int:
+    """Run a script again in the environment of the first ComfyUI that is there, told to it as REWIND_HOST."""
+    host = next((path for path in hosts() if (path / "main.py").is_file()), None)
+    if host is None:
+        print(f"needs a ComfyUI at one of {', '.join(map(str, hosts()))}; COMFYUI_PATH names others")
+        return 1
+    environment = {**os.environ, "REWIND_HOST": str(host.resolve())}
+    return subprocess.run([host_venv(host) / "bin" / "python", script, *words], env=environment).returncode
+
+
 def pytest(executable: Path, *arguments: str, host: Path | None = None) -> Count:
     """Run one pytest session and count its results; a session that ends without a report counts as one failure."""
     # One thread: where cores are shared, threads that wait for each other cost tiny models ten times what they save.

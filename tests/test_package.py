@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
 import pytest
-from comfy_host import ROOT, pack_files
+from comfy_host import ROOT, copy_files, pack_files
+from comfy_tools import PROJECT, python_of
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomli")
-
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 HOST_MODULES = {
     "comfy",
     "comfy_api",
@@ -145,16 +139,14 @@ def test_the_package_imports_without_a_host():
 def test_an_installed_wheel_finds_its_data(tmp_path):
     """In an environment of its own: weights, clip and workflows are there and load, and the command starts."""
     copy = tmp_path / "source"
-    for file in pack_files():
-        (copy / file).parent.mkdir(parents=True, exist_ok=True)
-        (copy / file).write_bytes((ROOT / file).read_bytes())
+    copy_files(pack_files(), copy)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--wheel-dir", tmp_path, copy], check=True, timeout=300)
     (wheel,) = tmp_path.glob("rewind-*.whl")
 
     clean = tmp_path / "clean"
     venv.create(clean, with_pip=True)
-    python = clean / ("Scripts" if os.name == "nt" else "bin") / "python"
+    python = python_of(clean)
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True, timeout=300)
     # What it depends on comes from this environment, rather than being downloaded again.
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"

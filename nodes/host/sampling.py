@@ -23,13 +23,12 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...pipelines.denoiser import COSMOS, EDM, EPS, FLOW, NoisePath, V
+from ...pipelines.denoiser import COSMOS, EDM, EPS, FLOW, NoisePath
 from ...pipelines.videoshop.denoising import frame_guidance, guided, sample_euler
-from ...pipelines.videoshop.inversion import Inversion, sample_edm_inversion
+from ...pipelines.videoshop.inversion import FLOW_END, Inversion, sample_edm_inversion
 
 logger = logging.getLogger(__name__)
 
-FLOW_SLACK = 1.001  # a shifted schedule may round to a little more than 1
 Step = dict[str, Any]  # what a sampler of `pipelines` tells after each step
 
 
@@ -40,10 +39,8 @@ def noise_path(model_sampling: torch.nn.Module) -> NoisePath:
     (LCM) mix the input in.
     """
     classes, own = comfy.model_sampling, type(model_sampling).calculate_denoised
-    if own is classes.EDM.calculate_denoised:
+    if own in (classes.EDM.calculate_denoised, classes.V_PREDICTION.calculate_denoised):  # alike but for the sign of F
         return EDM(float(model_sampling.sigma_data))
-    if own is classes.V_PREDICTION.calculate_denoised:  # EDM's, but for the sign of F
-        return V if model_sampling.sigma_data == 1 else EDM(float(model_sampling.sigma_data))
     known = {classes.EPS: EPS, classes.CONST: FLOW, classes.COSMOS_RFLOW: COSMOS}
     for kind, path in known.items():
         if own is kind.calculate_denoised:
@@ -264,7 +261,7 @@ def schedule(sigmas: Tensor, model_sampling: torch.nn.Module) -> Tensor:
             "connect a scheduler's output as it is, without FlipSigmas or the upper part of SplitSigmas"
         )
     highest, limit = float(sigmas[0]), float(model_sampling.sigma_max)
-    if highest > limit * (FLOW_SLACK if noise_path(model_sampling) == FLOW else 1.01):
+    if highest > limit * (FLOW_END if noise_path(model_sampling) == FLOW else 1.01):
         raise ValueError(
             f"the SIGMAS go up to {highest:g}, but this model's noise levels end at {limit:g}: connect a scheduler "
             "that is connected to the same MODEL (BasicScheduler), or set its sigma_max"

@@ -19,6 +19,7 @@ from ..denoiser import NoisePath, V
 from .latents import Normalisation, check_clip
 
 GUESSES = ("extrapolation", "random", "current", "last_direction")
+FLOW_END = 1.001  # the last level of a flow: a shifted schedule may round to a little more than 1
 Denoiser = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], None]
 
@@ -146,7 +147,7 @@ def sample_edm_inversion(
     check_clip(x)
     levels = sigmas.tolist()
     _check_levels(levels)
-    if path.kind == "flow" and levels[-1] > 1.001:  # a shifted schedule may round to a little more than 1
+    if path.kind == "flow" and levels[-1] > FLOW_END:
         raise ValueError(f"the noise levels go up to {levels[-1]:g}; a flow's end at 1: connect its own schedule")
     _check_guesses(x, (guess_above, guess_below), noise, refine, damping)
     extra_args = extra_args or {}

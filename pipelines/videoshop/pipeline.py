@@ -90,6 +90,20 @@ def _check_pixels(pixels: Tensor, name: str) -> None:
         raise ValueError(f"the {name} has values from {low:.3g} to {high:.3g}; pixels must be 0 to 1")
 
 
+def unet_config(path: str | Path) -> dict[str, Any]:
+    """The UNet's configuration of a model in diffusers' layout, a folder or a hub's id; no weights are read.
+
+    Raises ValueError for a model of another kind, OSError where there is none.
+    """
+    from diffusers import UNetSpatioTemporalConditionModel
+
+    config = UNetSpatioTemporalConditionModel.load_config(str(path), subfolder="unet")
+    found = config.get("_class_name")
+    if found != UNetSpatioTemporalConditionModel.__name__:
+        raise ValueError(f"{path} holds a {found}; Videoshop takes image-to-video models like SVD")
+    return config
+
+
 class VideoshopPipeline:
     """Invert a clip with its own first frame as the condition, play it again with the edited one (arXiv 2403.14617).
 
@@ -128,9 +142,7 @@ class VideoshopPipeline:
             (AutoencoderKLTemporalDecoder, "vae"),
             (CLIPVisionModelWithProjection, "image_encoder"),
         )
-        found = UNetSpatioTemporalConditionModel.load_config(str(path), subfolder="unet").get("_class_name")
-        if found != UNetSpatioTemporalConditionModel.__name__:
-            raise ValueError(f"{path} holds a {found}; Videoshop takes image-to-video models like SVD")
+        unet_config(path)
         unet, vae, image_encoder = (
             kind.from_pretrained(str(path), subfolder=name, torch_dtype=torch_dtype, variant=variant)
             .to(device)

@@ -253,14 +253,7 @@ def test_round_trip_check_tells_the_vaes_share_from_the_inversions(host, models,
 
 
 def test_round_trip_check_refuses_before_it_samples(host, models, clip, conditions):
-    calls = []
-
-    def record(apply_model, args):
-        calls.append(args)
-        return apply_model(args["input"], args["timestep"], **args["c"])
-
-    counting = models[0].clone()
-    counting.set_model_unet_function_wrapper(record)
+    counting, calls = tiny_models.counted(models[0])
     check = {"model": counting, "positive": conditions[0], "vae": models[2], "clip": clip[0]}
     *_, inversion = invert(host, models, conditions)
     with pytest.raises(ValueError, match="has 3 frames, the inversion 4"):

@@ -23,19 +23,6 @@ def inputs(model):
     }
 
 
-def counted(model, on_call=lambda number: None):
-    """A clone whose network calls are counted; `on_call` gets the number of each."""
-    clone, calls = model.clone(), []
-
-    def count(apply_model, args):
-        calls.append(args["input"].shape)
-        on_call(len(calls))
-        return apply_model(args["input"], args["timestep"], **args["c"])
-
-    clone.set_model_unet_function_wrapper(count)
-    return clone, calls
-
-
 def test_equal_inputs_give_equal_outputs_and_stay_as_they_were(host, model, inputs):
     """As when the host hands back a cached object: the same objects twice, and a fresh pair."""
     before = {name: value.clone() for name, value in (("s", inputs["sigmas"]), ("x", inputs["latent"]["samples"]))}
@@ -102,12 +89,12 @@ def test_cancel_stops_within_one_step(host, model, inputs):
         if number == 2:
             management.interrupt_current_processing()
 
-    cancelling, calls = counted(model, cancel)
+    cancelling, calls = tiny_models.counted(model, cancel)
     with pytest.raises(management.InterruptProcessingException):
         host.run_node("RewindEDMInversion", model=cancelling, **inputs, refine=20)
     assert len(calls) == 2
     *_, inversion = host.run_node("RewindEDMInversion", model=model, **inputs)
-    cancelling, calls = counted(model, cancel)
+    cancelling, calls = tiny_models.counted(model, cancel)
     positive = inputs["positive"]
     with pytest.raises(management.InterruptProcessingException):
         host.run_node("RewindSVDDenoise", model=cancelling, positive=positive, negative=positive, inversion=inversion)
@@ -134,7 +121,7 @@ def test_cancel_does_not_need_the_hosts_layers(host, model, inputs):
 
 
 def test_no_network_call_is_wasted(host, model, inputs):
-    counting, calls = counted(model)
+    counting, calls = tiny_models.counted(model)
     *_, inversion = host.run_node("RewindEDMInversion", model=counting, **inputs, strength=1.0)
     assert len(calls) == STEPS == inversion.evaluations
     negative = tiny_models.conditioning("svd", seed=1)
@@ -213,7 +200,7 @@ def test_weight_patches_apply(host, model, inputs):
 def test_context_windows_apply(host, model, inputs):
     if "ContextWindowsManual" not in host.mappings:
         pytest.skip(f"ComfyUI {host.version} has no context windows node")
-    counting, calls = counted(model)
+    counting, calls = tiny_models.counted(model)
     known = host.mappings["ContextWindowsManual"].INPUT_TYPES()
     # Newer hosts add a frame to each window, of which their own SVD is not told.
     plain = (
@@ -272,14 +259,14 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_inputs_are_refused_before_any_sampling(host, model, inputs, case):
     change, message = BAD[case]
-    counting, calls = counted(model)
+    counting, calls = tiny_models.counted(model)
     with pytest.raises(ValueError, match=message):
         host.run_node("RewindEDMInversion", model=counting, **{**inputs, **change})
     assert calls == []
 
 
 def test_a_clip_that_was_cut_after_its_normalisation_is_refused(host, model, inputs):
-    counting, calls = counted(model)
+    counting, calls = tiny_models.counted(model)
     (normalised,) = host.run_node("RewindLatentNormalize", model=model, latent=inputs["latent"], kind="frame")
     (cut,) = host.run_node("LatentFromBatch", samples=normalised, batch_index=0, length=3)
     with pytest.raises(ValueError, match="before it is normalised, not after"):

@@ -27,19 +27,29 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PACK_NAME = "rewind_under_test"  # on purpose not the folder's own name: a user may call it anything
 
 
-def pack_files() -> list[Path]:
-    """The files of the pack, relative to its root: what git tracks or would track."""
+def project_files() -> list[Path]:
+    """The project's files, relative to its root: what git tracks or would track."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    return [Path(n) for n in sorted(set(names)) if n and not n.startswith("tests/") and (ROOT / n).is_file()]
+    return [Path(n) for n in sorted(set(names)) if n and (ROOT / n).is_file()]
+
+
+def pack_files() -> list[Path]:
+    """The files of the pack, relative to its root: all but the tests."""
+    return [file for file in project_files() if file.parts[0] != "tests"]
+
+
+def copy_files(files: list[Path], folder: Path) -> None:
+    """Copy files of the project to the same places in a folder."""
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / file, folder / file)
 
 
 def copy_pack(custom_nodes: Path, name: str = PACK_NAME) -> Path:
     """Copy the pack into a host's folder `custom_nodes` under another name."""
     folder = custom_nodes / name
-    for file in pack_files():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / file, folder / file)
+    copy_files(pack_files(), folder)
     return folder
 
 

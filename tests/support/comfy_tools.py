@@ -6,7 +6,6 @@ comfy-cli brings more packages than the pack and a host together, so it must not
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import venv
@@ -14,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from comfy_host import ROOT
+from comfy_host import ROOT, copy_files, project_files
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -74,12 +73,7 @@ def run(command: list, folder: Path, home: Path, environment: Path | None = None
 
 def repository(folder: Path) -> Path:
     """The project as it stands, committed to a git repository of its own, as its users would clone it."""
-    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    for name in sorted(set(names)):
-        if name and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+    copy_files(project_files(), folder)
     git = ["git", "-c", "user.name=tests", "-c", "user.email=tests@localhost", "-c", "commit.gpgsign=false"]
     for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "the pack"]):
         subprocess.run([*git, *words], cwd=folder, check=True)

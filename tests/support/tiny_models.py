@@ -6,6 +6,7 @@ inversion's fixed point exists and is found, so that what is left over is an err
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ def _patcher(model: Any) -> Any:
     return comfy.model_patcher.ModelPatcher(
         model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
     )
+
+
+def _randomised(settings: Any, seed: int, gain: float, last: Callable[[Any], torch.nn.Module], last_gain: float) -> Any:
+    """A MODEL of a host's configuration with random weights; `last` picks its network's last layer."""
+    settings.set_inference_dtype(torch.float32, None)
+    model = settings.get_model({}, "", device=torch.device("cpu"))
+    randomise(model.diffusion_model, seed, gain, last(model.diffusion_model), last_gain)
+    return _patcher(model)
 
 
 def checkpoint(host: Any, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -102,10 +111,7 @@ def sd15(host: Any) -> Any:
         unet_extra_config = {"num_heads": 2, "num_head_channels": -1}
 
     settings = TinySD15({**SD15, "legacy": False, "use_temporal_attention": False, "use_temporal_resblock": False})
-    settings.set_inference_dtype(torch.float32, None)
-    model = settings.get_model({}, "", device=torch.device("cpu"))
-    randomise(model.diffusion_model, 1, 0.5, model.diffusion_model.out[2], 0.01)
-    return _patcher(model)
+    return _randomised(settings, 1, 0.5, lambda network: network.out[2], 0.01)
 
 
 def controlnet(host: Any) -> Any:
@@ -142,10 +148,7 @@ def wan(host: Any) -> Any:
             "eps": 1e-6,
         }
     )
-    settings.set_inference_dtype(torch.float32, None)
-    model = settings.get_model({}, "", device=torch.device("cpu"))
-    randomise(model.diffusion_model, 3, 0.3, model.diffusion_model.head.head, 0.05)
-    return _patcher(model)
+    return _randomised(settings, 3, 0.3, lambda network: network.head.head, 0.05)
 
 
 def ltxv(host: Any) -> Any:
@@ -162,10 +165,7 @@ def ltxv(host: Any) -> Any:
             "caption_channels": 64,
         }
     )
-    settings.set_inference_dtype(torch.float32, None)
-    model = settings.get_model({}, "", device=torch.device("cpu"))
-    randomise(model.diffusion_model, 4, 0.3, model.diffusion_model.proj_out, 0.15)
-    return _patcher(model)
+    return _randomised(settings, 4, 0.3, lambda network: network.proj_out, 0.15)
 
 
 def hunyuan(host: Any) -> Any:
@@ -196,10 +196,7 @@ def hunyuan(host: Any) -> Any:
             "meanflow_sum": False,
         }
     )
-    settings.set_inference_dtype(torch.float32, None)
-    model = settings.get_model({}, "", device=torch.device("cpu"))
-    randomise(model.diffusion_model, 6, 0.3, model.diffusion_model.final_layer.linear, 0.05)
-    return _patcher(model)
+    return _randomised(settings, 6, 0.3, lambda network: network.final_layer.linear, 0.05)
 
 
 def conditioning(family: str, seed: int = 0) -> list:
@@ -227,3 +224,16 @@ def sigmas(model: Any, steps: int, scheduler: str) -> torch.Tensor:
     import comfy.samplers
 
     return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
+
+
+def counted(model, on_call=lambda number: None):
+    """A clone whose network calls are counted; `on_call` gets the number of each."""
+    clone, calls = model.clone(), []
+
+    def count(apply_model, args):
+        calls.append(args["input"].shape)
+        on_call(len(calls))
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    clone.set_model_unet_function_wrapper(count)
+    return clone, calls
