@@ -80,6 +80,13 @@ def test_a_missing_node_is_seen(page):
     page.problems.clear()
 
 
+def test_a_forgotten_mask_does_not_stay(page):
+    """The page sometimes leaves its fading mask over the Run button for good; comfy_page.js takes it away."""
+    mask = "p-blockui-mask p-overlay-mask-leave"
+    page.js("name => document.body.append(Object.assign(document.createElement('div'), {className: name}))", mask)
+    page.until("!document.querySelector('.p-blockui-mask')", timeout=20)
+
+
 @pytest.mark.parametrize("name", RUN)
 def test_runs_by_the_button(page, name):
     page.open_file(FOLDER / f"{name}.json")

@@ -190,3 +190,13 @@ window.rewindTest = {
     }, 50);
   },
 };
+
+// The page dims itself while it loads. PrimeVue's BlockUI loses a mask that still fades when the next one comes: the old
+// one's animationend takes the new one away, and the old one lies over every button from then on. A mask that still
+// fades after two seconds is such a one.
+setInterval(() => {
+  for (const mask of document.querySelectorAll(".p-blockui-mask.p-overlay-mask-leave")) {
+    if (mask.rewindSeen) mask.remove();
+    mask.rewindSeen = true;
+  }
+}, 2000);
