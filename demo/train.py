@@ -222,9 +222,10 @@ def train_vae(args, rank: int, device: torch.device) -> None:
     trainer = Trainer({"vae": vae}, path, args.lr or 1.5e-3, args.minutes, rank, 0.995, args.steps)
     generator = _seed(args, rank, trainer.step)
     while (share := trainer.progress()) < 1:
-        # Two thirds of the time on single cropped frames, then whole frames; the decoder's own phase sees clips.
+        # Two thirds of the time on single cropped frames, then whole frames; the decoder's own phase sees clips, or
+        # whole frames where it is to learn other colours rather than time.
         whole = decoder_only or share > 0.6
-        count, frames = (1, 8) if decoder_only else (4, 1) if whole else (12, 1)
+        count, frames = (1, 8) if decoder_only and not args.stills else (4, 1) if whole else (12, 1)
         scene = W.sample(count, generator, W.World(frames=frames))
         pixels, mask = W.render(scene)
         if not whole:
@@ -247,10 +248,10 @@ def clip_pixels(images: Tensor, size: int) -> Tensor:
 
 def load_vae(folder: Path):
     """The trained VAE: the encoder of the first phase, the decoder of the latest; else the shipped one."""
-    if not (folder / "vae.pt").exists():
+    newest = next((path for path in (folder / "decoder.pt", folder / "vae.pt") if path.exists()), None)
+    if newest is None:
         return load_components()[1]
     vae = build_vae()
-    newest = folder / "decoder.pt" if (folder / "decoder.pt").exists() else folder / "vae.pt"
     vae.load_state_dict(torch.load(newest, map_location="cpu")["ema"]["vae"])
     return vae.eval().requires_grad_(False)
 
@@ -373,6 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=None, help="train to this step instead: repeatable")
     parser.add_argument("--start", type=Path, default=None, help="begin from an exported file's weights")
     parser.add_argument("--clips", type=int, default=5120)
+    parser.add_argument("--stills", action="store_true", help="the decoder's phase on single frames instead of clips")
     parser.add_argument("--batch", type=int, default=4, help="clips a worker and step")
     parser.add_argument("--lr", type=float, default=None)
     parser.add_argument("--seed", type=int, default=0)

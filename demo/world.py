@@ -7,6 +7,11 @@ from the edited parameters, the TRUE answer to an edit, its masks and its flow a
 Two kinds of motion:
     predictable     straight on along the heading (a white nose shows it) at a speed that the motion bucket tells
     unpredictable   turns and changes of speed that nobody can guess from frame 0; the motion bucket says "unspecified"
+
+An object is lighter than its background, whatever its colour. That is a choice, and it matters: what inverted noise
+keeps of an object's motion is its contrast with the background, so a recolouring that turns the contrast round
+contradicts the noise, and the motion is lost (numbers in demo/README.md; such a world is
+`World(background=(0.25, 0.75), tint=0.0)`).
 """
 
 from __future__ import annotations
@@ -52,6 +57,8 @@ class World:
     predictable: float = 0.35  # share of predictable clips where `sample` is not told
     empty: float = 0.06  # share of clips without an object
     band: float = 0.3  # share of objects that wear a dark band
+    background: tuple[float, float] = (0.06, 0.30)  # brightness of the gradient's two ends, 0..1
+    tint: float = 0.35  # white in the palette's colours, 0..1: it makes every one of them lighter than the background
     noise_floor: float = 0.0  # standard deviation of static background texture; 0 keeps the plain gradient
 
 
@@ -87,9 +94,15 @@ def _hsv(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return v[..., None] * (1 - s[..., None] * torch.minimum(k, 4 - k).clamp(0, 1))
 
 
-def _background(n: int, rand) -> Tensor:
+def palette(world: World) -> Tensor:
+    """The world's colours, [colours, 3] in 0..1."""
+    return PALETTE[: world.colours] * (1 - world.tint) + world.tint
+
+
+def _background(n: int, world: World, rand) -> Tensor:
     hue = rand(n, 1).expand(n, 2)
-    return _hsv(hue, 0.10 + 0.25 * rand(n, 2), 0.25 + 0.5 * rand(n, 2))
+    dark, light = world.background
+    return _hsv(hue, 0.10 + 0.25 * rand(n, 2), dark + (light - dark) * rand(n, 2))
 
 
 def sample(
@@ -110,12 +123,12 @@ def sample(
     unit, steps = world.size / 96, world.frames
     share = {"predictable": 1.0, "unpredictable": 0.0, "mixed": world.predictable}[motion]
     predictable = rand(n) < share
-    shape, colour = (rand(n) * world.shapes).long(), PALETTE[(rand(n) * world.colours).long()]
+    shape, colour = (rand(n) * world.shapes).long(), palette(world)[(rand(n) * world.colours).long()]
     low, high = world.radius
     radius = low + (high - low) * (0.25 + 0.4 * rand(n) if editable else rand(n))
     present = (rand(n) >= world.empty) | editable
     band = (rand(n) < world.band) & (not editable)
-    background, angle, texture = _background(n, rand), rand(n) * 2 * math.pi, (rand(n) * 2**31).long()
+    background, angle, texture = _background(n, world, rand), rand(n) * 2 * math.pi, (rand(n) * 2**31).long()
 
     # Motion: a piecewise constant speed and turn rate, changed once at a random frame; predictable clips keep the
     # first.
@@ -153,7 +166,7 @@ def sample(
 def edit(scene: Scene, kind: str, generator: torch.Generator) -> Scene:
     """The same clips with one property changed, everything else (the motion above all) kept.
 
-    kind: "recolour" (a clearly different colour of the palette), "reshape", "resize" (a quarter larger or, where it
+    kind: "recolour" (any other colour of the palette), "reshape", "resize" (a quarter larger or, where it
     stays at least 20 pixels wide, a fifth smaller), "add" (a dark band on the object, which rides with it: the motion
     of a free newcomer could not be known from the source), "remove" (the object), "background". Raises ValueError for
     another kind.
@@ -164,10 +177,10 @@ def edit(scene: Scene, kind: str, generator: torch.Generator) -> Scene:
         return torch.rand(*shape, generator=generator)
 
     if kind == "recolour":
-        palette = PALETTE[: world.colours]
-        distance = (palette[None] - scene.colour[:, None]).norm(dim=-1)  # [n, colours]
-        far = distance.topk(min(3, world.colours), dim=1).indices
-        return replace(scene, colour=palette[far[torch.arange(n), (rand(n) * far.shape[1]).long()]])
+        colours = palette(world)
+        now = (colours[None] - scene.colour[:, None]).norm(dim=-1).argmin(1)
+        shift = 1 + (rand(n) * (world.colours - 1)).long()
+        return replace(scene, colour=colours[(now + shift) % world.colours])
     if kind == "reshape":
         shift = 1 + (rand(n) * (world.shapes - 1)).long()
         return replace(scene, shape=(scene.shape + shift) % world.shapes)
@@ -180,7 +193,7 @@ def edit(scene: Scene, kind: str, generator: torch.Generator) -> Scene:
     if kind == "remove":
         return replace(scene, present=torch.zeros_like(scene.present))
     if kind == "background":
-        return replace(scene, background=_background(n, rand), angle=rand(n) * 2 * math.pi)
+        return replace(scene, background=_background(n, world, rand), angle=rand(n) * 2 * math.pi)
     raise ValueError(f'edit is "{kind}"; it must be one of {", ".join(EDITS)}')
 
 

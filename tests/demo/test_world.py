@@ -80,7 +80,23 @@ def test_outside_the_edited_region_nothing_changes_and_inside_every_clip_does(sc
 
 def test_recolouring_is_clearly_another_colour(scene):
     edited = W.edit(scene, "recolour", generator(2))
-    assert (edited.colour - scene.colour).norm(dim=-1).min() > 0.5
+    assert (edited.colour - scene.colour).norm(dim=-1).min() > 0.4
+
+
+def test_every_colour_may_become_every_other():
+    scene = W.sample(300, generator(5), editable=True)
+    edited, palette = W.edit(scene, "recolour", generator(6)), W.palette(scene.world)
+    pairs = {(tuple(a.tolist()), tuple(b.tolist())) for a, b in zip(scene.colour, edited.colour)}
+    assert len(pairs) == len(palette) * (len(palette) - 1)
+
+
+def test_an_object_is_lighter_than_its_background_whatever_its_colour():
+    """So a recolouring never turns round the contrast, which is what inverted noise keeps of the motion."""
+    scene = W.sample(100, generator(8))
+    assert W.palette(scene.world).min() > scene.background.max() + 0.1
+    former = W.sample(100, generator(8), W.World(background=(0.25, 0.75), tint=0.0))
+    assert former.colour.min() < former.background.min() and former.background.max() > 0.6
+    assert torch.equal(former.position, scene.position)
 
 
 def test_the_flow_carries_each_frame_onto_the_next():
