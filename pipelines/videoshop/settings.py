@@ -34,7 +34,7 @@ class VideoshopSettings:
     """
 
     steps: int = 25
-    strength: float = 0.76
+    strength: float = 0.55
     sigma_min: float = 0.002
     sigma_max: float = 700.0
     rho: float = 7.0

@@ -152,10 +152,10 @@ def test_an_edit_made_in_the_graph_shows_the_known_answer(host, trained, first_f
         pytest.skip("the embedded model's weights are not there: with random ones the frames mean nothing")
     metrics = host.module("pipelines.evaluation.metrics")
     result, source, target = first_frame[1]["Edited clip"].movedim(-1, 1), truth.source, truth.target
-    assert metrics.psnr(result, target, truth.region) >= metrics.psnr(source, target, truth.region) + 3
-    assert metrics.psnr(result, source, 1 - truth.region) >= 20
+    assert metrics.psnr(result, target, truth.region) >= metrics.psnr(source, target, truth.region) + 7
+    assert metrics.psnr(result, source, 1 - truth.region) >= 40
     transfer = metrics.colour_transfer(result, source, target, truth.target_mask)
-    assert float(transfer.mean()) >= 0.6 and float(transfer[-1]) >= 0.4
+    assert float(transfer.mean()) >= 0.95 and float(transfer[-1]) >= 0.9
 
 
 def test_the_graph_that_inpaints_has_the_same_wiring(server):
