@@ -1,4 +1,5 @@
-"""The picture of each workflow's graph, `docs/workflows/`, and its thumbnail under Templates, `workflows/*.jpg`.
+"""The picture of each workflow's graph, `docs/workflows/`, its thumbnail under Templates, `workflows/*.jpg`, and each
+Rewind node as it stands in a graph, `docs/nodes/`.
 
     .venv/bin/python docs/workflow_pictures.py [WORKFLOW ...]
 
@@ -23,16 +24,27 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKFLOWS, FOLDER = ROOT / "workflows", ROOT / "docs" / "workflows"
+WORKFLOWS, FOLDER, NODES = ROOT / "workflows", ROOT / "docs" / "workflows", ROOT / "docs" / "nodes"
 SCALE, MARGIN = 0.8, 24  # of the graph in its picture; pixels around it
+SURROUNDINGS = 60  # pixels around a node in its own picture: where its wires come from and go to
 LIMIT = 250_000  # bytes of a picture
 CARD, TILES = 512, 4  # pixels of a thumbnail, which Templates shows as a square; result frames in a row of it
 DARK = (30, 30, 30)
 PLAIN = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False}
 
 
-def graph_picture(page: ComfyPage) -> tuple[Image.Image, Image.Image]:
-    """The whole open graph and nothing else of the page; the same without its note."""
+def homes() -> dict[str, Path]:
+    """The workflow that each Rewind node's picture is taken from: the first that has it on its canvas."""
+    found: dict[str, Path] = {}
+    for file in sorted(WORKFLOWS.glob("*.json")):
+        for node in json.loads(file.read_text(encoding="utf-8"))["nodes"]:
+            if node["type"].startswith("Rewind"):
+                found.setdefault(node["type"], file)
+    return found
+
+
+def graph_picture(page: ComfyPage) -> tuple[Image.Image, Image.Image, dict[str, Image.Image]]:
+    """The whole open graph and nothing else of the page; the same without its note; each kind of node in it."""
     from PIL import Image
 
     page.page.set_viewport_size({"width": 1400, "height": 900})
@@ -42,9 +54,14 @@ def graph_picture(page: ComfyPage) -> tuple[Image.Image, Image.Image]:
     page.js("arguments => rewindTest.frame(...arguments)", [SCALE, MARGIN])
     page.page.wait_for_timeout(1500)
     graph = Image.open(io.BytesIO(page.page.screenshot())).convert("RGB")
+    nodes = {}
+    for kind, left, top, right, bottom in page.js("rewindTest.boxes()"):
+        around = (left - SURROUNDINGS, top - MARGIN, right + SURROUNDINGS, bottom + MARGIN)
+        inside = (max(0, around[0]), max(0, around[1]), min(graph.width, around[2]), min(graph.height, around[3]))
+        nodes.setdefault(kind, graph.crop(inside))
     page.js("rewindTest.unframe()")
     page.page.set_viewport_size({"width": 1400, "height": 900})
-    return graph, graph.crop((beside, 0, graph.width, graph.height))
+    return graph, graph.crop((beside, 0, graph.width, graph.height)), nodes
 
 
 def save_small(picture: Image.Image, file: Path) -> None:
@@ -59,12 +76,12 @@ def save_small(picture: Image.Image, file: Path) -> None:
 
 
 def result_frames(page: ComfyPage) -> list[Image.Image]:
-    """The pictures on the graph's nodes, those of the ends first: up to two rows of a thumbnail."""
+    """The pictures on the graph's end that lies farthest to the right, the result: up to two rows of a thumbnail."""
     from PIL import Image
 
-    nodes = sorted(page.nodes(), key=lambda node: not node["output"])
-    shown = next((node["files"] for node in nodes if node["files"]), [])
-    frames = [Image.open(io.BytesIO(page.page.request.get(file).body())).convert("RGB") for file in shown]
+    shown = [node for node in page.nodes() if node["files"]]
+    last = max(shown, key=lambda node: (node["output"], node["left"]), default={"files": []})
+    frames = [Image.open(io.BytesIO(page.page.request.get(file).body())).convert("RGB") for file in last["files"]]
     return frames[: 2 * TILES]
 
 
@@ -94,6 +111,7 @@ def draw(names: list[str]) -> None:
 
     files = [file for file in sorted(WORKFLOWS.glob("*.json")) if not names or file.stem in names]
     FOLDER.mkdir(exist_ok=True)
+    NODES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary, comfy_page.browser() as browser:
         base = Path(temporary)
         comfy_page.prepare_user(base, **PLAIN)
@@ -111,9 +129,11 @@ def draw(names: list[str]) -> None:
                     if status["status_str"] != "success":
                         raise RuntimeError(f"{file.name}: {status['messages'][-1]}")
                 page.page.wait_for_timeout(2000)  # pictures and films arrive after the run
-                graph, nodes = graph_picture(page)
+                graph, plain, nodes = graph_picture(page)
                 save_small(graph, FOLDER / f"{file.stem}.png")
-                thumbnail(nodes, result_frames(page)).save(file.with_suffix(".jpg"), quality=88, optimize=True)
+                for kind in (kind for kind, home in homes().items() if home == file):
+                    save_small(nodes[kind], NODES / f"{kind}.png")
+                thumbnail(plain, result_frames(page)).save(file.with_suffix(".jpg"), quality=88, optimize=True)
                 size, overlaps = f"{graph.width} x {graph.height}", page.overlaps()
                 print(f"{file.stem}: {size}, nodes over one another: {overlaps or 'none'}", flush=True)
         finally:

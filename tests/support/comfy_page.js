@@ -19,6 +19,7 @@ window.rewindTest = {
       id: String(node.id),
       type: node.type,
       title: node.title,
+      left: node.pos[0],
       known: !node.has_errors && (Boolean(node.subgraph) || node.type in LiteGraph.registered_node_types),
       output: Boolean(info?.output_node),
       pictures: (node.imgs ?? []).filter((image) => image.complete && image.naturalWidth > 0).length,
@@ -44,6 +45,22 @@ window.rewindTest = {
     for (const node of nodes) node.widgets.find((widget) => widget.name === name).value = value;
   },
 
+  // A node with its title and the badge above it: left, top, width, height on the canvas.
+  box(node) {
+    const above = LiteGraph.NODE_TITLE_HEIGHT + 24;
+    return [node.pos[0], node.pos[1] - above, node.size[0], node.size[1] + above];
+  },
+
+  // Where the nodes of the open graph lie on the page: type, left, top, right, bottom.
+  boxes() {
+    const { scale, offset } = app.canvas.ds;
+    return app.graph._nodes.map((node) => {
+      const [left, top, width, height] = this.box(node);
+      const corners = [left + offset[0], top + offset[1], left + width + offset[0], top + height + offset[1]];
+      return [node.type, ...corners.map((length) => Math.round(length * scale))];
+    });
+  },
+
   unframe() {
     document.getElementById("rewind-frame")?.remove();
   },
@@ -59,9 +76,8 @@ window.rewindTest = {
       "#vue-app * { visibility: hidden !important }" +
       "#vue-app #graph-canvas, #vue-app .rewind-shown, #vue-app .rewind-shown * { visibility: visible !important }";
     document.head.append(style);
-    const bar = LiteGraph.NODE_TITLE_HEIGHT;
     const nodes = app.graph._nodes;
-    const boxes = nodes.map((n) => [n.pos[0], n.pos[1] - bar - 24, n.size[0], n.size[1] + bar + 24]); // and the badge
+    const boxes = nodes.map((node) => this.box(node));
     for (const group of app.graph._groups ?? []) boxes.push([...group.pos, ...group.size]);
     for (const video of nodes.flatMap((node) => this.videos(node))) {
       video.removeAttribute("controls");
