@@ -143,6 +143,12 @@ window.rewindTest = {
     return app.canvas.visible_nodes.includes(node) && (node.widgets ?? []).every((widget) => widget.last_y > 0);
   },
 
+  // The words of every dialog that is open.
+  dialogs() {
+    const open = [...document.querySelectorAll("[role=dialog], dialog[open]")].filter((dialog) => dialog.checkVisibility());
+    return open.map((dialog) => dialog.innerText);
+  },
+
   plain(words) {
     return words.replace(/\s+/g, " ").trim();
   },

@@ -160,7 +160,7 @@ class ComfyPage:
     @property
     def dialogs(self) -> list[str]:
         """The words of every open dialog."""
-        return [dialog.inner_text() for dialog in self.page.get_by_role("dialog").all() if dialog.is_visible()]
+        return self.js("rewindTest.dialogs()")  # at one moment: one that closes meanwhile would be waited for
 
     def reset(self) -> None:
         """An empty graph at scale 1, no dialog open, nothing running, no problem on record."""
@@ -176,13 +176,22 @@ class ComfyPage:
 
     def search(self, words: str) -> None:
         """Type into the node search, which a double click on the empty canvas opens."""
-        for _ in range(5):  # on a busy machine the second click may come too late to be a double click
-            if self.page.locator("input:focus").count():
-                break
-            self.page.wait_for_timeout(400)  # so that a click just before is not taken for the first of the two
-            self.page.mouse.dblclick(640, 700)
-            self.comes_true("document.querySelector('input:focus') !== null", timeout=1.5)
-        self.page.locator("input:focus").fill(words)
+        from playwright.sync_api import TimeoutError
+
+        entry = self.page.locator("input:focus")
+        for _ in range(6):  # on a busy machine the second click may come too late, or the last search still be closing
+            if not entry.count():
+                self.page.wait_for_timeout(400)  # so that a click just before is not taken for the first of the two
+                self.page.mouse.dblclick(640, 700)
+                self.comes_true("document.querySelector('input:focus') !== null", timeout=1.5)
+            try:
+                entry.fill(words, timeout=2000)
+            except TimeoutError:
+                continue
+            self.page.wait_for_timeout(300)
+            if self.js("words => document.querySelector('input:focus')?.value === words", words):
+                return
+        raise TimeoutError(f"the node search did not take the words {words!r}")
 
     def found(self, name: str, timeout: float = 5) -> bool:
         """Whether the search's results come to hold a node of that display name."""
@@ -195,6 +204,7 @@ class ComfyPage:
         self.until("name => rewindTest.results()[0] === name", name)
         self.page.keyboard.press("Enter")
         self.until("n => app.graph._nodes.length > n", before)
+        self.comes_true("document.querySelector('input:focus') === null")
         self.page.mouse.move(400, 300)
         self.page.mouse.click(410, 310)  # newer pages let a new node hang on the mouse until a click
 
@@ -212,7 +222,10 @@ class ComfyPage:
     def open_help(self, number: str, heading: str) -> None:
         """Select a node with a click on its title and open its help; wait for the page's heading and pictures."""
         x, y = self.js("id => rewindTest.places(id)", number)["title"]
-        self.page.mouse.click(x, y)
+        for _ in range(5):  # on a busy machine a click may be taken for the second of a double click
+            self.page.mouse.click(x, y)
+            if self.comes_true("id => Object.keys(app.canvas.selected_nodes).includes(id)", number, timeout=1.5):
+                break
         for _ in range(2):  # the button also closes the panel, if it is open from before
             self.page.get_by_test_id("info-button").click()
             if self.comes_true("heading => rewindTest.help().headings[0] === heading", heading, timeout=5):
