@@ -222,10 +222,12 @@ class ComfyPage:
     def open_help(self, number: str, heading: str) -> None:
         """Select a node with a click on its title and open its help; wait for the page's heading and pictures."""
         x, y = self.js("id => rewindTest.places(id)", number)["title"]
-        for _ in range(5):  # on a busy machine a click may be taken for the second of a double click
+        for _ in range(5):
+            self.page.wait_for_timeout(500)  # so that it is not taken for the second of a double click, which renames
             self.page.mouse.click(x, y)
             if self.comes_true("id => Object.keys(app.canvas.selected_nodes).includes(id)", number, timeout=1.5):
                 break
+            self.page.keyboard.press("Escape")
         for _ in range(2):  # the button also closes the panel, if it is open from before
             self.page.get_by_test_id("info-button").click()
             if self.comes_true("heading => rewindTest.help().headings[0] === heading", heading, timeout=5):
