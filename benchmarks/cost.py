@@ -66,11 +66,17 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(python: Path | None = None, runs: int = 7, output: Path = runner.RESULTS) -> dict[str, Any]:
-    """Measure, print and save. FileNotFoundError without a host; ValueError for too few runs, or if the host fails."""
+    """Measure, print and save.
+
+    Raises FileNotFoundError without a host or its interpreter; ValueError for too few runs, or if the host fails.
+    """
     if runs < 7:
         raise ValueError(f"got --runs {runs}; a median and its spread need at least 7")
     host = host_folder()
-    command = [str(python or interpreter(host)), "-c", SCRIPT, str(PACK), str(runs)]
+    python = (python or interpreter(host)).absolute()  # the host runs in its own folder
+    if not python.is_file():
+        raise FileNotFoundError(f"there is no interpreter at {python}: --python names the one that the host runs in")
+    command = [str(python), "-c", SCRIPT, str(PACK), str(runs)]
     done = subprocess.run(command, cwd=host, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     if done.returncode or not lines:

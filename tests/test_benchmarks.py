@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import operator
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -364,6 +366,14 @@ def test_a_host_that_fails_is_told_with_its_last_words(tmp_path, monkeypatch):
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     with pytest.raises(ValueError, match="no such luck"):
         cost.main(output=tmp_path)
+    # An interpreter told from where the user stands, although the host runs elsewhere.
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="no such luck"):
+        cost.main(Path("python"), output=tmp_path)
+    with pytest.raises(FileNotFoundError, match="no interpreter at"):
+        cost.main(Path("elsewhere"), output=tmp_path)
 
 
 def test_the_lead_is_told_clip_by_clip():
