@@ -8,7 +8,7 @@ import torch
 
 from rewind.demo import train
 from rewind.demo import world as W
-from rewind.demo.models import SCALING_FACTOR, build_vae
+from rewind.demo.models import SCALING_FACTOR, WEIGHTS, build_vae, load_components
 from rewind.pipelines.denoiser import edm_scalings
 
 
@@ -125,3 +125,12 @@ def test_the_vae_starts_as_one_that_does_not_mix_frames():
         if module.__class__.__name__ == "TemporalResnetBlock":
             module.norm1, module.norm2 = torch.nn.Identity(), torch.nn.Identity()
     assert moved().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("stills", [[], ["--stills"]])
+def test_the_decoders_phase_leaves_the_latents_as_they_are(tmp_path, stills):
+    words = ["decoder", *stills, "--steps", "1", "--workers", "1", "--folder", str(tmp_path), "--start", str(WEIGHTS)]
+    train.main(words)
+    before, after = load_components()[1].state_dict(), train.load_vae(tmp_path).state_dict()
+    changed = {name.split(".")[0] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {"decoder"}
