@@ -41,6 +41,11 @@ GATES = (
 )
 
 
+# Plain image-to-video is sampled as SVD's own pipelines sample it, guided from 1 on the first frame to 3 on the last.
+# On 12 validation clips that is 1.1 +- 0.3 dB better than without guidance.
+GUIDANCE = {"first_guidance": 1.0, "last_guidance": 3.0}
+
+
 @torch.no_grad()
 def measure(pipeline: Any, seed: int, settings: VideoshopSettings = DEFAULT) -> dict[str, float]:
     """All that the gates ask of one seed: a predictable clip, and the recolouring of an unpredictable one."""
@@ -49,7 +54,8 @@ def measure(pipeline: Any, seed: int, settings: VideoshopSettings = DEFAULT) -> 
         return torch.Generator().manual_seed(seed)
 
     straight = example(seed, motion="predictable")
-    told = replace(settings, motion_bucket=round(straight.motion_bucket))
+    plain = replace(settings, **GUIDANCE)
+    told = replace(plain, motion_bucket=round(straight.motion_bucket))
     frames = len(straight.source)
     animated = pipeline.decode(pipeline.image_to_video(straight.source[0], told, generator(), frames))
     frozen = straight.source[:1].expand_as(straight.source)
@@ -57,7 +63,7 @@ def measure(pipeline: Any, seed: int, settings: VideoshopSettings = DEFAULT) -> 
     wild = example(seed, "recolour", "unpredictable")
     picture = wild.edited_frame
     edited = pipeline(wild.source, picture, settings, generator(), progress=False).frames
-    random = pipeline.decode(pipeline.image_to_video(picture, settings, generator(), frames))
+    random = pipeline.decode(pipeline.image_to_video(picture, plain, generator(), frames))
     static = wild.target[:1].expand_as(wild.target)
     edit, by_static, by_random = (psnr(clip, wild.target, wild.region) for clip in (edited, static, random))
     transfer = colour_transfer(edited, wild.source, wild.target, wild.target_mask)
@@ -105,7 +111,9 @@ def report(verdicts: list[dict[str, Any]], rows: list[dict[str, float]], seeds: 
     }
     details = [[text, runner.mean_sd((row[key] for row in rows), 2)] for text, key in behind.items()]
     return (
-        f"# Gates of the embedded model\n\n{len(rows)} clips of {seeds} seeds, `rewind benchmark model`.\n\n"
+        f"# Gates of the embedded model\n\n{len(rows)} clips of {seeds} seeds, `rewind benchmark model`. Plain "
+        f"image-to-video is guided from {GUIDANCE['first_guidance']:g} on the first frame to "
+        f"{GUIDANCE['last_guidance']:g} on the last, Videoshop as it is by default.\n\n"
         + runner.table(header, map(line, verdicts))
         + "\n"
         + runner.table(["PSNR to the truth", "dB"], details)

@@ -208,6 +208,20 @@ def test_the_gates_are_those_of_the_embedded_model():
     }
 
 
+def test_plain_image_to_video_is_guided_as_svd_is_and_videoshop_as_by_default(pipeline, monkeypatch):
+    asked, plain = [], pipeline.image_to_video
+
+    def record(picture, settings, *rest):
+        asked.append((settings.first_guidance, settings.last_guidance, settings.motion_bucket))
+        return plain(picture, settings, *rest)
+
+    monkeypatch.setattr(pipeline, "image_to_video", record)
+    model.measure(pipeline, SEEDS["validation"], short(DEFAULT, 2))
+    told = round(example(SEEDS["validation"], motion="predictable").motion_bucket)
+    assert asked == [(1.0, 3.0, told), (1.0, 3.0, DEFAULT.motion_bucket)]
+    assert (DEFAULT.first_guidance, DEFAULT.last_guidance) == (1.0, 1.0)
+
+
 def test_a_failed_gate_is_printed_with_its_true_numbers(pipeline, tmp_path, capsys):
     passed = model.main(2, "validation", 1, tmp_path, lambda: pipeline, short(DEFAULT, 2))
     assert not passed
