@@ -109,7 +109,7 @@ def draw(names: list[str]) -> None:
     import comfy_host
     import comfy_page
 
-    files = [file for file in sorted(WORKFLOWS.glob("*.json")) if not names or file.stem in names]
+    files, home = [file for file in sorted(WORKFLOWS.glob("*.json")) if not names or file.stem in names], homes()
     FOLDER.mkdir(exist_ok=True)
     NODES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary, comfy_page.browser() as browser:
@@ -131,8 +131,9 @@ def draw(names: list[str]) -> None:
                 page.page.wait_for_timeout(2000)  # pictures and films arrive after the run
                 graph, plain, nodes = graph_picture(page)
                 save_small(graph, FOLDER / f"{file.stem}.png")
-                for kind in (kind for kind, home in homes().items() if home == file):
-                    save_small(nodes[kind], NODES / f"{kind}.png")
+                for kind, picture in nodes.items():
+                    if home.get(kind) == file:
+                        save_small(picture, NODES / f"{kind}.png")
                 thumbnail(plain, result_frames(page)).save(file.with_suffix(".jpg"), quality=88, optimize=True)
                 size, overlaps = f"{graph.width} x {graph.height}", page.overlaps()
                 print(f"{file.stem}: {size}, nodes over one another: {overlaps or 'none'}", flush=True)

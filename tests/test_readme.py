@@ -1,11 +1,10 @@
 """The README shows what it says it shows: every file it points to is there, every node with its picture."""
 
 import re
-from pathlib import Path
 
 import pytest
+from comfy_host import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NODES = sorted(page.stem for page in (ROOT / "web" / "docs").glob("*.md"))  # a host test holds them to the schemas
 WORKFLOWS = sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))

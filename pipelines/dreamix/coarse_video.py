@@ -86,21 +86,20 @@ def homography(view: View, height: int, width: int) -> Tensor:
     """
     if not view.zoom > 0:
         raise ValueError(f"the zoom is {view.zoom}; it must be above 0 (1 keeps the size)")
-    focal = max(height, width) / (2 * math.tan(math.radians(FIELD_OF_VIEW / 2)))
-    centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
     turn = _rotation(view.yaw, view.pitch, view.roll)
-    plane = torch.eye(3, dtype=torch.float64)  # picture (centred) -> frame (centred), in homogeneous coordinates
-    plane[:, :2] = turn[:, :2]
-    plane[2, :2] /= focal
-    scale = torch.diag(torch.tensor([view.zoom, view.zoom, 1.0], dtype=torch.float64))
-    to_centre, back = torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
-    to_centre[:2, 2] = torch.tensor([-centre_x, -centre_y])
-    back[:2, 2] = torch.tensor([centre_x + view.x * width, centre_y + view.y * height])
     if turn[2, 2] < 0.05:
         raise ValueError(
             f"a yaw of {view.yaw} and a pitch of {view.pitch} show the picture's edge or back: turn it less"
         )
-    return back @ scale @ plane @ to_centre
+    focal = max(height, width) / (2 * math.tan(math.radians(FIELD_OF_VIEW / 2)))
+    x, y = (width - 1) / 2, (height - 1) / 2
+    to_centre = torch.tensor([[1, 0, -x], [0, 1, -y], [0, 0, 1]], dtype=torch.float64)
+    projection = torch.eye(3, dtype=torch.float64)  # of the centred picture, in homogeneous coordinates
+    projection[:, :2] = turn[:, :2]
+    projection[2, :2] /= focal
+    x, y = x + view.x * width, y + view.y * height
+    to_frame = torch.tensor([[view.zoom, 0, x], [0, view.zoom, y], [0, 0, 1]], dtype=torch.float64)
+    return to_frame @ projection @ to_centre
 
 
 def coarse_video(

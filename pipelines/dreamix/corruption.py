@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..denoiser import NoisePath
 
-PAPER_SIZE = (24, 40)  # height and width of the paper's base model
 TEMPORAL = ("hold", "linear")
 
 

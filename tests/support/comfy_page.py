@@ -101,10 +101,11 @@ class ComfyPage:
         self.startup_problems = [text for text in self.problems if "rewind" in text.lower()]
 
     def _console(self, message: ConsoleMessage) -> None:
-        own = message.location.get("url", "").startswith(self.url) and "Failed to load resource" not in message.text
-        lost_mask = all(part in message.text for part in LOST_MASK) and "/vendor-" in message.location.get("url", "")
+        url = message.location.get("url", "")
+        own = url.startswith(self.url) and "Failed to load resource" not in message.text
+        lost_mask = all(part in message.text for part in LOST_MASK) and "/vendor-" in url
         if message.type == "error" and own and not lost_mask:
-            self.problems.append(f"console: {message.text} ({message.location['url']})")
+            self.problems.append(f"console: {message.text} ({url})")
 
     def _response(self, answer: Response) -> None:
         if (
