@@ -58,6 +58,7 @@ class World:
     empty: float = 0.06  # share of clips without an object
     band: float = 0.3  # share of objects that wear a dark band
     background: tuple[float, float] = (0.06, 0.30)  # brightness of the gradient's two ends, 0..1
+    saturation: tuple[float, float] = (0.10, 0.35)  # of the gradient's two ends, 0..1
     tint: float = 0.35  # white in the palette's colours, 0..1: it makes every one of them lighter than the background
     noise_floor: float = 0.0  # standard deviation of static background texture; 0 keeps the plain gradient
 
@@ -89,7 +90,8 @@ class Scene:
         return Scene(self.world, **picked)
 
 
-def _hsv(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
+def hsv(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
+    """Colours [..., 3] in 0..1 of hue, saturation and value, each in 0..1."""
     k = (torch.tensor([5.0, 3.0, 1.0]) + h[..., None] * 6) % 6
     return v[..., None] * (1 - s[..., None] * torch.minimum(k, 4 - k).clamp(0, 1))
 
@@ -101,8 +103,14 @@ def palette(world: World) -> Tensor:
 
 def _background(n: int, world: World, rand) -> Tensor:
     hue = rand(n, 1).expand(n, 2)
-    dark, light = world.background
-    return _hsv(hue, 0.10 + 0.25 * rand(n, 2), dark + (light - dark) * rand(n, 2))
+    return background(hue, world, rand(n, 2), rand(n, 2))
+
+
+def background(hue: Tensor, world: World, saturation: Tensor, brightness: Tensor) -> Tensor:
+    """The two ends of gradients, [n, 2, 3]. hue, saturation, brightness: [n, 2] in 0..1, the last two of the world's
+    ranges."""
+    (pale, strong), (dark, light) = world.saturation, world.background
+    return hsv(hue, pale + (strong - pale) * saturation, dark + (light - dark) * brightness)
 
 
 def sample(
@@ -128,7 +136,7 @@ def sample(
     radius = low + (high - low) * (0.25 + 0.4 * rand(n) if editable else rand(n))
     present = (rand(n) >= world.empty) | editable
     band = (rand(n) < world.band) & (not editable)
-    background, angle, texture = _background(n, world, rand), rand(n) * 2 * math.pi, (rand(n) * 2**31).long()
+    ends, angle, texture = _background(n, world, rand), rand(n) * 2 * math.pi, (rand(n) * 2**31).long()
 
     # Motion: a piecewise constant speed and turn rate, changed once at a random frame; predictable clips keep the
     # first.
@@ -153,7 +161,7 @@ def sample(
         colour=colour,
         present=present,
         band=band,
-        background=background,
+        background=ends,
         angle=angle,
         texture=texture,
         position=(path + start[:, None]) * unit,
@@ -197,7 +205,7 @@ def edit(scene: Scene, kind: str, generator: torch.Generator) -> Scene:
     raise ValueError(f'edit is "{kind}"; it must be one of {", ".join(EDITS)}')
 
 
-def _distance(shape: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def distance(shape: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Signed distance (negative inside) of a unit shape that heads for +x; shape, x and y broadcast."""
     circle = torch.sqrt(x * x + y * y + 1e-8) - 1
     square = torch.maximum(x.abs(), y.abs()) - 0.85
@@ -205,7 +213,8 @@ def _distance(shape: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.where(shape == 0, circle, torch.where(shape == 1, square, triangle))
 
 
-def _coverage(distance: Tensor) -> Tensor:
+def coverage(distance: Tensor) -> Tensor:
+    """How far each pixel is covered, 0..1, by its signed distance in pixels: the antialiased edge."""
     return (0.5 - distance / EDGE).clamp(0, 1)
 
 
@@ -238,17 +247,17 @@ def render(scene: Scene) -> tuple[Tensor, Tensor]:
     cos, sin = scene.heading.cos()[..., None, None], scene.heading.sin()[..., None, None]
     radius = scene.radius[:, None, None, None]
     u, v = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius  # the object's own coordinates
-    body = _distance(scene.shape[:, None, None, None], u, v) * radius
+    body = distance(scene.shape[:, None, None, None], u, v) * radius
     band = torch.maximum(body, ((u + 0.3).abs() - 0.22) * radius)
     nose = (torch.sqrt((u - 0.5) ** 2 + v**2 + 1e-8) - 0.26) * radius
     present = scene.present[:, None, None, None]
-    mask = torch.maximum(_coverage(body), _coverage(nose)) * present
+    mask = torch.maximum(coverage(body), coverage(nose)) * present
 
     frames = _backdrop(scene)[:, None].expand(-1, scene.world.frames, -1, -1, -1)
     for cover, colour in (
-        (_coverage(body), scene.colour[:, None, :, None, None]),
-        (_coverage(band) * scene.band[:, None, None, None], BAND_COLOUR),
-        (_coverage(nose), NOSE_COLOUR),
+        (coverage(body), scene.colour[:, None, :, None, None]),
+        (coverage(band) * scene.band[:, None, None, None], BAND_COLOUR),
+        (coverage(nose), NOSE_COLOUR),
     ):
         cover = (cover * present)[:, :, None]
         frames = frames * (1 - cover) + cover * colour
