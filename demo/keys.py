@@ -7,7 +7,8 @@ diffusers' UNet and VAE has exactly one place in the checkpoint, and none is lef
   axes more;
 - diffusers' VAE has a `quant_conv` that SVD's checkpoint does not: it is the identity and is never stored.
 
-The image encoder keeps transformers' names under SGM's prefix, because both faces use them.
+The image encoder keeps transformers' names under SGM's prefix, and the text encoder under Stable Diffusion's, because
+both faces use them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from .models import ImageToVideoConfig
 
 UNET_PREFIX, VAE_PREFIX, CLIP_PREFIX = "model.diffusion_model.", "first_stage_model.", "conditioner.embedders.0."
+TEXT_PREFIX, TEXT_MODEL = "cond_stage_model.transformer.", "text_model."
 QUANT_CONV = ("quant_conv.weight", "quant_conv.bias")
 
 Table = dict[str, str]  # diffusers' name -> the checkpoint's name
@@ -172,8 +174,11 @@ def to_checkpoint(
 
 
 def split_checkpoint(checkpoint: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The parts "unet", "vae" and "image_encoder" under the checkpoint's own names, without the prefixes."""
-    prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "image_encoder": CLIP_PREFIX}
+    """The parts "unet", "vae", "image_encoder" and "text_encoder" under the checkpoint's own names, without prefixes.
+
+    A part that the checkpoint does not have is empty.
+    """
+    prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "image_encoder": CLIP_PREFIX, "text_encoder": TEXT_PREFIX}
     return {
         part: {name.removeprefix(prefix): t for name, t in checkpoint.items() if name.startswith(prefix)}
         for part, prefix in prefixes.items()
@@ -192,3 +197,28 @@ def from_checkpoint(
     identity = torch.eye(8, dtype=vae["encoder.conv_in.weight"].dtype)[:, :, None, None]
     vae |= dict(zip(QUANT_CONV, (identity, torch.zeros(8, dtype=identity.dtype))))
     return {"unet": _rename(parts["unet"], unet_names, "UNet"), "vae": vae, "image_encoder": parts["image_encoder"]}
+
+
+def text_to_checkpoint(
+    parts: dict[str, dict[str, Tensor]], config: ImageToVideoConfig = ImageToVideoConfig()
+) -> dict[str, Tensor]:
+    """One checkpoint from the state dicts "unet" and "text_encoder"; ValueError for the weights of another UNet.
+
+    transformers before 5 has the text encoder's names under "text_model.", as the checkpoint has; later ones do not.
+    """
+    unet = _rename(parts["unet"], unet_table(config), "UNet")
+    text = {TEXT_MODEL + name.removeprefix(TEXT_MODEL): tensor for name, tensor in parts["text_encoder"].items()}
+    return {
+        **{UNET_PREFIX + name: tensor for name, tensor in unet.items()},
+        **{TEXT_PREFIX + name: tensor for name, tensor in text.items()},
+    }
+
+
+def text_from_checkpoint(
+    checkpoint: dict[str, Tensor], config: ImageToVideoConfig = ImageToVideoConfig()
+) -> dict[str, dict[str, Tensor]]:
+    """The inverse of `text_to_checkpoint`: the state dicts for diffusers and for transformers 5."""
+    parts = split_checkpoint(checkpoint)
+    unet_names = {ours: theirs for theirs, ours in unet_table(config).items()}
+    text = {name.removeprefix(TEXT_MODEL): tensor for name, tensor in parts["text_encoder"].items()}
+    return {"unet": _rename(parts["unet"], unet_names, "UNet"), "text_encoder": text}

@@ -11,11 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 WEIGHTS = Path(__file__).with_name("rewind_demo_svd.safetensors")
+TEXT_WEIGHTS = Path(__file__).with_name("rewind_demo_t2v.safetensors")
 SCALING_FACTOR = 0.18215  # of SVD's latents; the host has it fixed in its SD15 latent format
 # The first three latent channels are held near (the eight times smaller picture in -1..1 - mean) / deviation in
 # training, which gives the encoder a start, keeps colour linear and leaves the fourth for detail. Affine, so that the
 # latents have about unit variance in model space.
 PICTURE_MEAN, PICTURE_STD = -0.10, 0.26
+
+
+# fps - 1, motion bucket and augmentation level of the text-to-video model: what the host tells a model of SVD's class
+# for a CONDITIONING that does not speak of them.
+ADDED_IDS = (5.0, 127.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -114,18 +120,23 @@ def build_image_encoder(config: ImageToVideoConfig = ImageToVideoConfig()):
     return CLIPVisionModelWithProjection(CLIPVisionConfig(**config.clip_vision()))
 
 
+def read_weights(path: Path) -> dict:
+    """The tensors of a weights file in float32; FileNotFoundError where it is missing (a source tree without it)."""
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}: reinstall Rewind, or train them as demo/README.md says")
+    return {name: tensor.float() for name, tensor in load_file(path).items()}
+
+
 def load_components(path: Path = WEIGHTS, config: ImageToVideoConfig = ImageToVideoConfig()):
     """The embedded model as (unet, vae, image_encoder): diffusers' and transformers' modules in float32, in eval mode.
 
     Raises FileNotFoundError where the weights are missing (a source tree without `demo/rewind_demo_svd.safetensors`).
     """
-    from safetensors.torch import load_file
-
     from .keys import from_checkpoint
 
-    if not path.exists():
-        raise FileNotFoundError(f"no weights at {path}: reinstall Rewind, or train them as demo/README.md says")
-    parts = from_checkpoint({name: tensor.float() for name, tensor in load_file(path).items()}, config)
+    parts = from_checkpoint(read_weights(path), config)
     modules = build_unet(config), build_vae(config), build_image_encoder(config)
     for module, part in zip(modules, ("unet", "vae", "image_encoder")):
         module.load_state_dict(parts[part])

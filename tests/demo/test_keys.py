@@ -3,8 +3,18 @@
 import pytest
 import torch
 
-from rewind.demo.keys import QUANT_CONV, from_checkpoint, to_checkpoint, unet_table, vae_table
+from rewind.demo.keys import (
+    QUANT_CONV,
+    from_checkpoint,
+    split_checkpoint,
+    text_from_checkpoint,
+    text_to_checkpoint,
+    to_checkpoint,
+    unet_table,
+    vae_table,
+)
 from rewind.demo.models import ImageToVideoConfig, build_image_encoder, build_unet, build_vae
+from rewind.demo.text import build_text_encoder
 
 
 @pytest.fixture(scope="module", params=[(64, 128), (64, 128, 128)], ids=str)
@@ -36,3 +46,37 @@ def test_weights_of_another_architecture_are_refused(config, parts):
     without = {name: t for name, t in parts["unet"].items() if name != "conv_in.weight"}
     with pytest.raises(ValueError, match="UNet.*missing.*conv_in.weight"):
         to_checkpoint(parts | {"unet": without}, config)
+
+
+@pytest.fixture(scope="module")
+def text_parts(parts):
+    torch.manual_seed(1)
+    weights = {name.removeprefix("text_model."): t for name, t in build_text_encoder().state_dict().items()}
+    return {"unet": parts["unet"], "text_encoder": weights}
+
+
+def test_the_text_models_parts_go_there_and_back(config, text_parts):
+    checkpoint = text_to_checkpoint(text_parts, config)
+    assert len(checkpoint) == sum(map(len, text_parts.values()))
+    back = text_from_checkpoint(checkpoint, config)
+    assert back.keys() == text_parts.keys()
+    for part in text_parts:
+        assert back[part].keys() == text_parts[part].keys()
+        assert all(torch.equal(back[part][name], tensor) for name, tensor in text_parts[part].items())
+
+
+def test_both_of_transformers_names_are_stored_as_stable_diffusions(config, text_parts):
+    older = {f"text_model.{name}": tensor for name, tensor in text_parts["text_encoder"].items()}
+    stored = text_to_checkpoint(text_parts, config)
+    assert stored.keys() == text_to_checkpoint(text_parts | {"text_encoder": older}, config).keys()
+    names = {name for name in stored if not name.startswith("model.diffusion_model.")}
+    assert all(name.startswith("cond_stage_model.transformer.text_model.") for name in names)
+    assert "cond_stage_model.transformer.text_model.encoder.layers.1.self_attn.q_proj.weight" in names
+    split = split_checkpoint(stored)
+    assert set(split["text_encoder"]) == set(older) and split["vae"] == split["image_encoder"] == {}
+
+
+def test_another_unet_is_refused_with_a_text_encoder_too(config, text_parts):
+    without = {name: t for name, t in text_parts["unet"].items() if name != "conv_in.weight"}
+    with pytest.raises(ValueError, match="UNet.*missing.*conv_in.weight"):
+        text_to_checkpoint(text_parts | {"unet": without}, config)
