@@ -1,10 +1,13 @@
-"""Train the embedded image-to-video model from scratch on the synthetic world.
+"""Train the embedded models from scratch on the synthetic world.
 
     python -m rewind.demo.train vae   --minutes 20      the VAE, encoder and temporal decoder
     python -m rewind.demo.train cache --clips 5120      render and encode the training clips once
     python -m rewind.demo.train unet  --minutes 120     the video UNet and the image encoder
     python -m rewind.demo.train decoder --minutes 20    more of the decoder alone (the latents stay what they are)
     python -m rewind.demo.train export                  the one safetensors file that both faces read
+    python -m rewind.demo.train captioned               render, encode and caption the text models' clips once
+    python -m rewind.demo.train text-to-video           the video UNet from the shipped one, and its text encoder
+    python -m rewind.demo.train export-text             their safetensors file
 
 Every command resumes from its own checkpoint in --folder (weights, moving average, optimizer, step) and saves on the
 way. On a CPU it runs one single-threaded worker a core, with the gradients averaged each step; on a GPU one worker.
@@ -16,7 +19,6 @@ import argparse
 import logging
 import math
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import train_text
 from . import world as W
 from .models import (
     PICTURE_MEAN,
@@ -35,110 +38,13 @@ from .models import (
     build_vae,
     load_components,
 )
+from .trainer import Trainer, draw_sigmas, edm_loss, load_cache, seeded
 
 log = logging.getLogger(__name__)
 
 LATENT_NOISE = 0.10  # added before decoding in training: the decoder then forgives a sampler's small errors
 P_MEAN, P_STD = 0.3, 1.5  # ln sigma of the UNet's training noise, normal ...
 WIDE = 0.15  # ... but for this share, which is uniform over the whole of SVD's range: samplers start at 700
-OBJECT_WEIGHT = 4.0  # extra weight of the loss on the moving object
-
-
-# --- workers ----------------------------------------------------------------------------------------------------------
-
-
-def average_gradients(parameters: list[Tensor]) -> None:
-    """The mean over all workers, in one message."""
-    if dist.is_initialized():
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for grad, piece in zip(grads, flat.split([g.numel() for g in grads])):
-            grad.copy_(piece.view_as(grad))
-
-
-class Trainer:
-    """AdamW with warm-up and cosine decay, gradient clipping, an average of the weights, resumable."""
-
-    def __init__(
-        self,
-        modules: dict[str, torch.nn.Module],
-        path: Path,
-        lr: float,
-        minutes: float,
-        rank: int = 0,
-        average: float = 0.999,
-        steps: int | None = None,
-    ):
-        self.modules, self.path, self.lr, self.rank, self.average, self.steps = modules, path, lr, rank, average, steps
-        self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-        fused = self.parameters[0].device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=fused)
-        self.step, self.spent, self.history = 0, 0.0, []
-        if path.exists():
-            state = torch.load(path, map_location=self.parameters[0].device)
-            for name, module in modules.items():
-                module.load_state_dict(state["raw"][name])
-            if "optimizer" in state:
-                self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.spent, self.history = state["step"], state["spent"], state["history"]
-            self.ema = state["ema"]
-        else:
-            self.ema = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in modules.items()}
-        self.budget = self.spent + 60 * minutes
-        self.started, self.saved, self.mean = time.time() - self.spent, time.time(), None
-
-    def progress(self) -> float:
-        """The share of the budget (steps, else wall-clock time) that is spent, 0..1, the same on every worker."""
-        if self.steps is not None:
-            return self.step / self.steps
-        share = torch.tensor([(time.time() - self.started) / self.budget], dtype=torch.float64)
-        if dist.is_initialized():
-            dist.broadcast(share, 0)
-        return float(share)
-
-    def update(self, loss: Tensor, share: float) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients(self.parameters)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        lr = self.lr * min(1.0, (self.step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * min(share, 1.0)) + 0.01)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.step += 1
-        value = loss.item()
-        self.mean = value if self.mean is None else 0.98 * self.mean + 0.02 * value
-        if self.rank == 0:
-            keep = min(self.average, self.step / (self.step + 20))
-            for name, module in self.modules.items():
-                for key, now in module.state_dict().items():
-                    self.ema[name][key].lerp_(now, 1 - keep) if now.is_floating_point() else None
-            if self.step % 25 == 0:
-                seconds = time.time() - self.started
-                self.history.append((self.step, seconds, self.mean))
-                log.info("step %d  %.0f s  lr %.1e  loss %.4f", self.step, seconds, lr, self.mean)
-            if time.time() - self.saved > 240:
-                self.save()
-
-    def save(self) -> None:
-        if self.rank:
-            return
-        self.saved = time.time()
-        raw = {name: module.state_dict() for name, module in self.modules.items()}
-        spent = time.time() - self.started
-        state = {"raw": raw, "ema": self.ema, "optimizer": self.optimizer.state_dict(), "step": self.step}
-        partial = self.path.with_suffix(".partial")
-        torch.save(state | {"spent": spent, "history": self.history}, partial)
-        partial.replace(self.path)
-
-
-def _seed(args, rank: int, step: int) -> torch.Generator:
-    """Every worker, and every resumption, draws other clips and other noise; equal arguments draw the same again."""
-    seed = 1_000_000 * args.seed + 10 * step + rank
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
 
 
 def _load_start(modules: dict[str, torch.nn.Module], path: Path) -> None:
@@ -220,7 +126,7 @@ def train_vae(args, rank: int, device: torch.device) -> None:
             vae.load_state_dict(torch.load(args.folder / "vae.pt")["ema"]["vae"])
     path = args.folder / f"{args.command}.pt"
     trainer = Trainer({"vae": vae}, path, args.lr or 1.5e-3, args.minutes, rank, 0.995, args.steps)
-    generator = _seed(args, rank, trainer.step)
+    generator = seeded(args, rank, trainer.step)
     while (share := trainer.progress()) < 1:
         # Two thirds of the time on single cropped frames, then whole frames; the decoder's own phase sees clips, or
         # whole frames where it is to learn other colours rather than time.
@@ -282,27 +188,15 @@ def make_cache(args, rank: int, device: torch.device) -> None:
         log.info("clips %d to %d", part * 256, part * 256 + 255)
 
 
-def load_cache(folder: Path) -> dict[str, Tensor]:
-    parts = [torch.load(path) for path in sorted((folder / "cache").glob("*.pt"))]
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
 def unet_loss(unet, image_encoder, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-    """EDM's loss on the network's output, |F - F_target|^2 (arXiv 2206.00364, equation 8), the object counts more."""
+    """EDM's loss; a tenth of the clips lose the picture, a tenth its embedding, as guidance needs."""
     z, device = batch["latents"].float(), batch["latents"].device
     n, frames = z.shape[:2]
 
     def rand(*shape):
         return torch.rand(*shape, generator=generator).to(device)
 
-    quantile = (torch.arange(n, device=device) + rand(n)) / n  # stratified over the batch
-    narrow = P_MEAN + P_STD * math.sqrt(2) * torch.erfinv(2 * quantile.clamp(1e-4, 1 - 1e-4) - 1)
-    wide = math.log(0.002) + (math.log(700) - math.log(0.002)) * quantile
-    sigma = torch.where(rand(n) < WIDE, wide, narrow).exp()
-    s = sigma[:, None, None, None, None]
-    x = z + s * torch.randn(z.shape, generator=generator).to(device)
-    c_skip, c_out, c_in = 1 / (s**2 + 1), -s / torch.sqrt(s**2 + 1), 1 / torch.sqrt(s**2 + 1)
-
+    sigma = draw_sigmas(n, generator, P_MEAN, P_STD, WIDE).to(device)
     clean = rand(n) < 0.3  # no augmentation noise on the condition
     condition = torch.where(clean[:, None, None, None], z[:, 0], batch["noisy"].float()) / SCALING_FACTOR
     level = torch.where(clean, 0.0, batch["level"].float())
@@ -312,12 +206,14 @@ def unet_loss(unet, image_encoder, batch: dict[str, Tensor], generator: torch.Ge
     embedding = embedding * ((drop > 0.15) | ((drop > 0.05) & (drop <= 0.10)))[:, None, None]
     bucket = torch.where(rand(n) < 0.1, float(W.UNSPECIFIED_MOTION), batch["bucket"].float())
     added = torch.stack([torch.full_like(level, 6.0), bucket, level], 1)  # fps - 1, motion bucket, augmentation
-    model_input = torch.cat([c_in * x, condition[:, None].expand(-1, frames, -1, -1, -1)], 2)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        output = unet(model_input, 0.25 * sigma.log(), embedding, added, return_dict=False)[0].float()
-    weight = 1 + OBJECT_WEIGHT * batch["mask"].float()[:, :, None]
-    target = (z - c_skip * x) / c_out
-    return (weight * (output - target) ** 2).mean() / weight.mean()
+    condition = condition[:, None].expand(-1, frames, -1, -1, -1)
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            timestep = 0.25 * sigma.log()
+            return unet(torch.cat([x, condition], 2), timestep, embedding, added, return_dict=False)[0].float()
+
+    return edm_loss(network, z, sigma, batch["mask"].float(), generator)
 
 
 def train_unet(args, rank: int, device: torch.device) -> None:
@@ -328,8 +224,8 @@ def train_unet(args, rank: int, device: torch.device) -> None:
     if args.start is not None:
         _load_start(modules, args.start)
     trainer = Trainer(modules, args.folder / "unet.pt", args.lr or 1e-3, args.minutes, rank, steps=args.steps)
-    data = load_cache(args.folder)
-    generator = _seed(args, rank, trainer.step)
+    data = load_cache(args.folder / "cache")
+    generator = seeded(args, rank, trainer.step)
     while (share := trainer.progress()) < 1:
         index = torch.randint(len(data["latents"]), (args.batch,), generator=generator)
         batch = {key: value[index].to(device) for key, value in data.items()}
@@ -353,7 +249,16 @@ def export(args, rank: int, device: torch.device) -> None:
     log.info("%s: %.1f MB, %d steps", args.output, args.output.stat().st_size / 1e6, state["step"])
 
 
-COMMANDS = {"vae": train_vae, "decoder": train_vae, "cache": make_cache, "unet": train_unet, "export": export}
+COMMANDS = {
+    "vae": train_vae,
+    "decoder": train_vae,
+    "cache": make_cache,
+    "unet": train_unet,
+    "export": export,
+    "captioned": train_text.make_cache,
+    "text-to-video": train_text.train_text_to_video,
+    "export-text": train_text.export,
+}
 
 
 def _worker(rank: int, workers: int, args) -> None:
@@ -375,6 +280,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--start", type=Path, default=None, help="begin from an exported file's weights")
     parser.add_argument("--clips", type=int, default=5120)
     parser.add_argument("--stills", action="store_true", help="the decoder's phase on single frames instead of clips")
+    parser.add_argument(
+        "--compile", action="store_true", help="text-to-video: a third faster after minutes of compiling"
+    )
     parser.add_argument("--batch", type=int, default=4, help="clips a worker and step")
     parser.add_argument("--lr", type=float, default=None)
     parser.add_argument("--seed", type=int, default=0)
@@ -383,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("rewind_demo_svd.safetensors"))
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
-    single = torch.cuda.is_available() or args.command == "export"
+    single = torch.cuda.is_available() or args.command.startswith("export")
     workers = args.workers or (1 if single else os.cpu_count() or 1)
     if workers > 1:
         torch.multiprocessing.spawn(_worker, (workers, args), nprocs=workers)

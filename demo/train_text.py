@@ -1,0 +1,136 @@
+"""The text models' part of `train.py`: captioned clips, the text-to-video UNet with its text encoder, their file.
+
+The text-to-video model is the image-to-video model's architecture and begins from its weights: the tokens of the text
+take the place of the image embedding as cross-attention context, the concatenated first frame is zeros, and the added
+ids are what the host gives a MODEL of this class for a plain CONDITIONING.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import fields
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import captions, text
+from . import world as W
+from .models import ADDED_IDS, TEXT_WEIGHTS, build_unet, load_components
+from .trainer import Trainer, draw_sigmas, edm_loss, load_cache, seeded
+
+log = logging.getLogger(__name__)
+
+VARIANTS = 4  # captions a clip, each with other words left out
+# ln sigma of the training noise. Words tell where the object is and where it goes only while the noise hides it, above
+# a sigma of about 5: more than half of the draws lie there; what is below, the image-to-video model has learnt already.
+P_MEAN, P_STD, WIDE = 1.8, 1.5, 0.1
+UNCONDITIONAL = 0.1  # share of clips with the empty caption, for guidance
+
+
+@torch.no_grad()
+def make_cache(args, rank: int, device: torch.device) -> None:
+    """Render, encode and caption training clips, a file of 256 clips at a time; existing files are kept."""
+    from .train import encode, load_vae
+
+    vae, tokenizer = load_vae(args.folder).to(device), text.load_tokenizer()
+    workers = dist.get_world_size() if dist.is_initialized() else 1
+    folder = args.folder / "captioned"
+    folder.mkdir(exist_ok=True)
+    for part in range(rank, math.ceil(args.clips / 256), workers):
+        path = folder / f"{part:04d}.pt"
+        if path.exists():
+            continue
+        generator = torch.Generator().manual_seed(8_000_000 + part)  # the training seeds
+        words = captions.draw_words(256, generator)
+        frames, mask = W.render(captions.scenes(words, generator))
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            latents = torch.cat([encode(vae, piece.to(device)).cpu() for piece in (frames * 2 - 1).split(8)])
+        said = [captions.draw_caption(words, i, generator) for i in range(256) for _ in range(VARIANTS)]
+        tokens = text.tokens(tokenizer, said).unflatten(0, (256, VARIANTS)).short()
+        torch.save({"latents": latents.half(), "mask": F.avg_pool2d(mask, 8).half(), "tokens": tokens}, path)
+        log.info("clips %d to %d", part * 256, part * 256 + 255)
+
+
+def text_to_video_loss(
+    unet, text_encoder, batch: dict[str, Tensor], empty: Tensor, generator: torch.Generator
+) -> Tensor:
+    """EDM's loss under a caption. batch: latents [n, T, 4, h, w], mask [n, T, h, w], tokens [n, variants, length];
+    empty: the tokens [length] of the empty caption."""
+    z, device = batch["latents"].float(), batch["latents"].device
+    n = len(z)
+    pick = torch.randint(batch["tokens"].shape[1], (n,), generator=generator).to(device)
+    tokens = batch["tokens"][torch.arange(n), pick].long()
+    drop = torch.rand(n, generator=generator).to(device) < UNCONDITIONAL
+    context = text_encoder(torch.where(drop[:, None], empty.to(device), tokens)).last_hidden_state
+    added = torch.tensor(ADDED_IDS, device=device).expand(n, -1)
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            model_input = torch.cat([x, torch.zeros_like(x)], 2)
+            return unet(model_input, 0.25 * sigma.log(), context, added, return_dict=False)[0].float()
+
+    sigma = draw_sigmas(n, generator, P_MEAN, P_STD, WIDE).to(device)
+    return edm_loss(network, z, sigma, batch["mask"].float(), generator)
+
+
+def teach_words(text_encoder, tokenizer, generator: torch.Generator, steps: int = 800, lr: float = 2e-3) -> float:
+    """Let a fresh text encoder learn what captions say, before a UNet learns from it; returns the last mean loss.
+
+    Linear readers tell each of a caption's words from the mean over its tokens, which is what a cross-attention that
+    has not learnt where to look passes on. They are dropped afterwards.
+    """
+    names = [field.name for field in fields(captions.Words)]
+    options = [len(W.COLOURS), len(W.SHAPES), len(captions.DIRECTIONS), len(captions.SPEEDS), len(captions.HUES)]
+    readers = torch.nn.ModuleList(
+        torch.nn.Linear(text_encoder.config.hidden_size, count) for count in (*options, len(captions.STYLES))
+    )
+    optimizer = torch.optim.AdamW([*text_encoder.parameters(), *readers.parameters()], lr=lr)
+    mean = 0.0
+    for step in range(steps):
+        words = captions.draw_words(64, generator, styled=0.5)
+        said = [captions.draw_caption(words, index, generator) for index in range(len(words))]
+        read = text_encoder(text.tokens(tokenizer, said)).last_hidden_state.mean(1)
+        losses = [F.cross_entropy(reader(read), getattr(words, name)) for reader, name in zip(readers, names)]
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+        now = sum(loss.item() for loss in losses)
+        mean = now if not step else 0.95 * mean + 0.05 * now
+    return mean
+
+
+def train_text_to_video(args, rank: int, device: torch.device) -> None:
+    torch.manual_seed(args.seed)  # all workers start from the same weights
+    unet, text_encoder, tokenizer = build_unet(), text.build_text_encoder(), text.load_tokenizer()
+    unet.load_state_dict(load_components()[0].state_dict())
+    path = args.folder / "text_to_video.pt"
+    if not path.exists():
+        loss = teach_words(text_encoder, tokenizer, torch.Generator().manual_seed(args.seed))
+        log.info("the text encoder reads captions at a loss of %.2f", loss)
+    modules = {"unet": unet.to(device).train(), "text_encoder": text_encoder.to(device)}
+    trainer = Trainer(modules, path, args.lr or 1e-3, args.minutes, rank, steps=args.steps)
+    data, empty = load_cache(args.folder / "captioned"), text.tokens(tokenizer, [""])[0]
+    network = torch.compile(unet, dynamic=False) if args.compile else unet
+    generator = seeded(args, rank, trainer.step)
+    while (share := trainer.progress()) < 1:
+        index = torch.randint(len(data["latents"]), (args.batch,), generator=generator)
+        batch = {key: value[index].to(device) for key, value in data.items()}
+        trainer.update(text_to_video_loss(network, text_encoder, batch, empty, generator), share)
+    trainer.save()
+
+
+def export(args, rank: int, device: torch.device) -> None:
+    """Write the moving averages, in half precision and the checkpoint layout, to one safetensors file."""
+    from safetensors.torch import save_file
+
+    from .keys import text_to_checkpoint
+
+    state = torch.load(args.folder / "text_to_video.pt", map_location="cpu")
+    weights = text_to_checkpoint(state["ema"])
+    save_file({key: value.half().contiguous() for key, value in weights.items()}, TEXT_WEIGHTS)
+    log.info("%s: %.1f MB, %d steps", TEXT_WEIGHTS, TEXT_WEIGHTS.stat().st_size / 1e6, state["step"])
