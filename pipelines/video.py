@@ -36,6 +36,30 @@ class Clip:
     uneven: bool = False  # the file shows its frames for different lengths of time
 
 
+def check_frames(frames: Tensor, multiple: int = 8, name: str = "clip") -> None:
+    """ValueError unless frames are [T >= 1, 3, H, W] in 0..1 with both sides multiples of what the model takes."""
+    if frames.ndim != 4 or frames.shape[1] != 3 or len(frames) == 0:
+        raise ValueError(f"got a {name} of shape {tuple(frames.shape)}; it must be [frames, 3, height, width]")
+    height, width = frames.shape[-2:]
+    if height < multiple or width < multiple or height % multiple or width % multiple:
+        raise ValueError(
+            f"got frames of {width}x{height}; both sides must be multiples of {multiple}: resize or crop the clip, to "
+            f"{max(1, width // multiple) * multiple}x{max(1, height // multiple) * multiple} for example"
+        )
+    check_pixels(frames, name)
+
+
+def check_pixels(pixels: Tensor, name: str) -> None:
+    """ValueError unless pixels are finite floating point values in 0..1."""
+    if not pixels.is_floating_point():
+        raise ValueError(f"the {name} is of {pixels.dtype}; pixels must be floating point, 0 to 1: divide bytes by 255")
+    if not torch.isfinite(pixels).all():
+        raise ValueError(f"the {name} holds NaN or infinite values")
+    if pixels.min() < -1e-3 or pixels.max() > 1 + 1e-3:
+        low, high = float(pixels.min()), float(pixels.max())
+        raise ValueError(f"the {name} has values from {low:.3g} to {high:.3g}; pixels must be 0 to 1")
+
+
 def _decode(container, stream, rate: Fraction) -> Iterator[tuple[float, np.ndarray]]:
     """Time in seconds from the first frame, and pixels [H, W, 3] in 0..255, of each frame in turn."""
     stream.thread_type = "AUTO"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import NoisePath
+from ..video import check_frames
 
 TEMPORAL = ("hold", "linear")
 
@@ -79,11 +80,8 @@ def degrade(
     stride: int = 1,
     temporal: str = "hold",
 ) -> Tensor:
-    """Both: the clip that is encoded and noised. frames: [T, C, H, W] in 0..1; the result has the same shape."""
-    if frames.ndim != 4 or frames.numel() == 0:
-        raise ValueError(f"got frames of shape {tuple(frames.shape)}; a clip is [T, C, H, W] and not empty")
-    if not torch.isfinite(frames).all():
-        raise ValueError("the clip holds NaN or infinite values")
+    """Both: the clip that is encoded and noised. frames: [T, 3, H, W] in 0..1; the result has the same shape."""
+    check_frames(frames, multiple=1)
     return degrade_space(degrade_time(frames, stride, temporal), factor, size)
 
 

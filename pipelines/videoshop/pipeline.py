@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import edm_scalings, karras_sigmas, truncate_sigmas
+from ..video import check_frames, check_pixels
 from .denoising import GuidedDenoiser, sample_euler
 from .inversion import Inversion, sample_edm_inversion
 from .latents import augment, clip_preprocess, normalise, rescale, whiten_condition
@@ -60,34 +61,16 @@ class VideoshopResult:
 
 def check_video(video: Tensor, edited: Tensor | None = None, multiple: int = 8) -> None:
     """ValueError unless video is [T >= 2, 3, H, W] in 0..1, of a size the model takes, and edited fits it."""
-    if video.ndim != 4 or video.shape[1] != 3:
-        raise ValueError(f"got a clip of shape {tuple(video.shape)}; it must be [frames, 3, height, width]")
+    check_frames(video, multiple)
     if len(video) < 2:
         raise ValueError(f"got {len(video)} frames; a clip has at least 2")
-    height, width = video.shape[-2:]
-    if height < multiple or width < multiple or height % multiple or width % multiple:
-        raise ValueError(
-            f"got frames of {width}x{height}; both sides must be multiples of {multiple}: resize or crop the clip, to "
-            f"{max(1, width // multiple) * multiple}x{max(1, height // multiple) * multiple} for example"
-        )
     if edited is not None and edited.shape != video.shape[1:]:
         raise ValueError(
             f"got an edited frame of shape {tuple(edited.shape)} for a clip of shape {tuple(video.shape)}: it must be "
             f"{tuple(video.shape[1:])}, the size of the clip's frames"
         )
-    _check_pixels(video, "clip")
     if edited is not None:
-        _check_pixels(edited, "edited frame")
-
-
-def _check_pixels(pixels: Tensor, name: str) -> None:
-    if not pixels.is_floating_point():
-        raise ValueError(f"the {name} is of {pixels.dtype}; pixels must be floating point, 0 to 1: divide bytes by 255")
-    if not torch.isfinite(pixels).all():
-        raise ValueError(f"the {name} holds NaN or infinite values")
-    if pixels.min() < -1e-3 or pixels.max() > 1 + 1e-3:
-        low, high = float(pixels.min()), float(pixels.max())
-        raise ValueError(f"the {name} has values from {low:.3g} to {high:.3g}; pixels must be 0 to 1")
+        check_pixels(edited, "edited frame")
 
 
 def unet_config(path: str | Path) -> dict[str, Any]:
@@ -288,7 +271,7 @@ class VideoshopPipeline:
             raise ValueError(
                 f"got an edited frame of shape {tuple(edited_frame.shape)}; the clip needs one of {wanted}"
             )
-        _check_pixels(edited_frame, "edited frame")
+        check_pixels(edited_frame, "edited frame")
         return self._denoise(inversion, edited_frame, settings, callback, progress)[0]
 
     def _denoise(
