@@ -128,3 +128,19 @@ def lower_bound(values: Sequence[float], confidence: float = 0.95) -> float:
     t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
     t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
     return fmean(values) - t * stdev(values) / math.sqrt(n)
+
+
+def share_bound(right: int, count: int, confidence: float = 0.95) -> float:
+    """One-sided lower confidence bound on a share, by Wilson's score; it stays below 1 where all are right.
+
+    right: how many of `count` independent trials succeeded. Wilson, J. Am. Stat. Assoc. 22 (1927). Raises ValueError
+    unless 0 <= right <= count and count > 0.
+    """
+    if not 0 <= right <= count or count == 0:
+        raise ValueError(
+            f"got {right} right of {count}; a share needs at least one trial, and no more right than there are"
+        )
+    z, share = NormalDist().inv_cdf(confidence), right / count
+    middle = share + z**2 / (2 * count)
+    reach = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, (middle - reach) / (1 + z**2 / count))

@@ -15,6 +15,7 @@ from rewind.pipelines.evaluation.metrics import (
     flow_error,
     lower_bound,
     psnr,
+    share_bound,
     ssim,
 )
 
@@ -125,6 +126,14 @@ def test_the_lower_bound_covers_the_mean_as_often_as_it_says():
     assert below == pytest.approx(0.95, abs=0.015)
 
 
+def test_the_share_bound_is_where_the_share_would_be_told_from_it():
+    """Wilson's bound p solves (share - p) = z sqrt(p (1 - p) / n)."""
+    for right, count in ((58, 64), (64, 64), (10, 12), (1, 40)):
+        bound = share_bound(right, count)
+        assert right / count - bound == pytest.approx(1.6449 * math.sqrt(bound * (1 - bound) / count), abs=1e-4)
+    assert share_bound(0, 20) == 0 and 0.9 < share_bound(64, 64) < 1
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -134,6 +143,8 @@ def test_the_lower_bound_covers_the_mean_as_often_as_it_says():
         (lambda a: colour_transfer(a, a, a[:1], torch.ones(2, 8, 8)), "same"),
         (lambda a: flow_error(a, torch.zeros(2, 2, 8, 8)), r"T - 1"),
         (lambda a: lower_bound([1.0]), "at least 2"),
+        (lambda a: share_bound(3, 2), "3 right of 2"),
+        (lambda a: share_bound(0, 0), "at least one"),
     ],
 )
 def test_bad_input_is_refused(call, words):
