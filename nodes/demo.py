@@ -1,4 +1,4 @@
-"""The embedded model and the embedded clip: everything runs with no download."""
+"""The embedded models and the embedded clip: everything runs with no download."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from fractions import Fraction
 
 from comfy_api.latest import InputImpl, Types, io
 
-from ..demo.clip import example
+from ..demo.clip import FPS, example
+from ..demo.text_edits import KINDS, TOKEN, text_example
 from ..demo.world import EDITS
 from ..pipelines.videoshop.settings import DEFAULT
-from .host.models import load_demo_models
+from .host.models import load_demo_models, load_demo_text_models
 from .host.schema import Schema
 
 CATEGORY = "Rewind/Demo"
@@ -39,6 +40,34 @@ class DemoImageToVideo(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(*load_demo_models())
+
+
+class DemoTextToVideo(io.ComfyNode):
+    """The embedded tiny text-to-video model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="RewindDemoTextToVideo",
+            display_name="Rewind Demo Models (text to video)",
+            category=CATEGORY,
+            description="A tiny text-to-video model that comes with Rewind: the architecture of Stable Video "
+            "Diffusion with a text in the place of the picture, trained on a world of moving shapes. It knows captions "
+            "such as: a red circle moves right quickly on a blue background. Any other word means nothing to it. It "
+            "runs in seconds without a graphics card: 8 frames of 96 x 96. Replace it with the loaders of a real "
+            "text-to-video model for real clips.",
+            search_aliases=["text to video", "tiny model", "example model"],
+            inputs=[],
+            outputs=[
+                io.Model.Output("model", tooltip="The text-to-video MODEL."),
+                io.Clip.Output("clip", tooltip="Its text encoder, for CLIP Text Encode."),
+                io.Vae.Output("vae", tooltip="Its VAE, with a temporal decoder: that of the image-to-video model."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*load_demo_text_models())
 
 
 class DemoClip(io.ComfyNode):
@@ -88,3 +117,56 @@ class DemoClip(io.ComfyNode):
         source, target = (frames.movedim(1, -1).contiguous() for frames in (chosen.source, chosen.target))
         video = InputImpl.VideoFromComponents(Types.VideoComponents(images=source, frame_rate=Fraction(DEFAULT.fps)))
         return io.NodeOutput(video, target[:1], target, chosen.region)
+
+
+class DemoTextEdit(io.ComfyNode):
+    """A clip of the captioned world with a text edit of which a right answer is known."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="RewindDemoTextEdit",
+            display_name="Rewind Demo Clip (text edit)",
+            category=CATEGORY,
+            description="A short clip of a moving shape and an edit of it in words, from the world of the "
+            "text-to-video demo model. The prompt names the motion and what is changed; how the shape looks must come "
+            "from the clip. One right answer is drawn from known parameters, to compare a result with.",
+            search_aliases=["example clip", "example prompt", "synthetic video", "test video"],
+            inputs=[
+                io.Combo.Input(
+                    "edit",
+                    options=list(KINDS),
+                    default="motion",
+                    tooltip="What the prompt asks for: another direction or speed, a style (at night, or striped), "
+                    "another colour or shape of the object, or another background. motion needs the fine-tuning most: "
+                    "its prompt does not tell what the shape looks like.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=7,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    tooltip="Draws the clip and its edit; each value is another one. The clip is the same for every "
+                    "kind of edit.",
+                ),
+                io.String.Input(
+                    "token",
+                    default=TOKEN,
+                    tooltip="The rare word that stands for this clip's object, as given to the fine-tuning; it is put "
+                    "into the prompt. Leave it empty where nothing was fine-tuned.",
+                ),
+            ],
+            outputs=[
+                io.Video.Output("clip", tooltip="The source clip: 8 frames of 96 x 96."),
+                io.String.Output("prompt", tooltip="What is asked for, with the token; for CLIP Text Encode."),
+                io.String.Output("caption", tooltip="All that the source clip shows, in words."),
+                io.Image.Output("true_edit", tooltip="Every frame of one right answer, to compare with; not an input."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, edit: str, seed: int, token: str) -> io.NodeOutput:
+        chosen = text_example(seed, edit)
+        source, target = (frames.movedim(1, -1).contiguous() for frames in (chosen.source, chosen.target))
+        video = InputImpl.VideoFromComponents(Types.VideoComponents(images=source, frame_rate=Fraction(FPS)))
+        return io.NodeOutput(video, chosen.prompt(token.strip()), chosen.caption, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -86,6 +87,22 @@ def curves(
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
         _write(draw, left + number * (right - left) / len(lines), LINE + MARGIN // 2, name, colour)
     return picture
+
+
+def trained(losses: Sequence[float]) -> bool:
+    """Whether a loss was computed at all: it is NaN in every step where its share was 0."""
+    return not all(math.isnan(value) for value in losses)
+
+
+def loss_curves(losses: dict[str, Sequence[float]], most: int = 60) -> Image.Image:
+    """The losses of a training by name, those that were computed; more than `most` steps are drawn as means of some."""
+    lines = []
+    for name, values in losses.items():
+        if trained(values):
+            pieces = torch.tensor(values).tensor_split(min(most, len(values)))
+            lines.append((name, torch.stack([piece.mean() for piece in pieces])))
+    steps = max(len(values) for values in losses.values())
+    return curves("loss", f"{steps} steps", lines)
 
 
 def matrix(title: str, axis: str, values: Tensor, size: int = 300) -> Image.Image:

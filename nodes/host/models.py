@@ -1,15 +1,18 @@
-"""The embedded image-to-video model in the host's own classes.
+"""The embedded models in the host's own classes.
 
-The host tells models apart by the sizes of the released ones, so the tiny model is built here by hand: its UNet from a
-configuration of the host's SVD class, its VAE from the host's encoder and temporal decoder, its image encoder from the
-host's CLIP vision class. All in float32, whatever the device: the model is tiny, and its answers are known ones.
+The host tells models apart by the sizes of the released ones, so the tiny models are built here by hand: their UNets
+from a configuration of the host's SVD class, their VAE from the host's encoder and temporal decoder, the image encoder
+from the host's CLIP vision class, the text encoder from its CLIP of Stable Diffusion. All in float32, whatever the
+device: the models are tiny, and their answers are known ones.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.clip_vision
@@ -17,14 +20,17 @@ import comfy.latent_formats
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
+import comfy.sd1_clip
 import comfy.supported_models
 import comfy.utils
 import torch
+import torch.nn.functional as F
 from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
 from torch import Tensor
 
 from ...demo.keys import split_checkpoint
-from ...demo.models import PICTURE_MEAN, PICTURE_STD, WEIGHTS, ImageToVideoConfig
+from ...demo.models import PICTURE_MEAN, PICTURE_STD, TEXT_WEIGHTS, WEIGHTS, ImageToVideoConfig
+from ...demo.text import TOKENIZER, TextConfig
 
 Weights = dict[str, Tensor]
 
@@ -36,13 +42,23 @@ def load_demo_models(path: Path = WEIGHTS, config: ImageToVideoConfig = ImageToV
     return load_demo_unet(path, config), image_encoder, vae
 
 
-def load_demo_unet(path: Path, config: ImageToVideoConfig, disable_dynamic: bool = False) -> Any:
+def load_demo_text_models(path: Path = TEXT_WEIGHTS, vae_path: Path = WEIGHTS) -> tuple[Any, Any, Any]:
+    """The embedded text-to-video model as (MODEL, CLIP, VAE); FileNotFoundError where weights are missing.
+
+    Its VAE is the image-to-video model's, from that model's file.
+    """
+    config = ImageToVideoConfig()
+    clip, vae = build_clip(_read(path)["text_encoder"]), build_vae(_read(vae_path)["vae"], config)
+    return load_demo_unet(path, config, by_text=True), clip, vae
+
+
+def load_demo_unet(path: Path, config: ImageToVideoConfig, by_text: bool = False, disable_dynamic: bool = False) -> Any:
     """The MODEL alone. The host calls this too, to make a copy of its own (training, several GPUs, weight hooks).
 
     disable_dynamic is what the host passes for a copy without its dynamic memory; this one never has it.
     """
-    patcher = build_model(_read(path)["unet"], config)
-    patcher.cached_patcher_init = (load_demo_unet, (path, config))
+    patcher = build_model(_read(path)["unet"], config, by_text)
+    patcher.cached_patcher_init = (load_demo_unet, (path, config, by_text))
     return patcher
 
 
@@ -97,8 +113,12 @@ class PictureLatent(comfy.latent_formats.SD15):
         self.taesd_decoder_name = None
 
 
-def build_model(weights: Weights, config: ImageToVideoConfig) -> Any:
-    """A MODEL of the host's SVD class from the UNet's weights in the checkpoint's names."""
+def build_model(weights: Weights, config: ImageToVideoConfig, by_text: bool = False) -> Any:
+    """A MODEL of the host's SVD class from the UNet's weights in the checkpoint's names.
+
+    by_text: whether a text tells it what to show, instead of a first frame (see `sampling.takes_first_frame`). For a
+    CONDITIONING without a first frame the host's class gives zeros in its place, as this model was trained.
+    """
 
     class TinySVD(comfy.supported_models.SVD_img2vid):
         unet_extra_config = {
@@ -107,6 +127,7 @@ def build_model(weights: Weights, config: ImageToVideoConfig) -> Any:
             "attn_precision": torch.float32,
         }
         latent_format = PictureLatent
+        rewind_by_text = by_text
 
     settings = TinySVD(unet_settings(config))
     settings.set_inference_dtype(torch.float32, None)
@@ -169,3 +190,52 @@ def build_clip_vision(weights: Weights, config: ImageToVideoConfig) -> Any:
             f"the image encoder's weights do not fit the host: missing {missing[:3]}, unknown {unknown[:3]}"
         )
     return clip_vision
+
+
+class TinyCLIP(comfy.sd1_clip.SD1ClipModel):
+    """The host's text encoder outside its dynamic memory, which newer hosts have for large ones."""
+
+    disable_offload = True
+
+
+def build_clip(weights: Weights, config: TextConfig = TextConfig()) -> Any:
+    """A CLIP of the host from the text encoder's weights in the checkpoint's names; ValueError for other weights.
+
+    The host's own tokenizer and text encoder of Stable Diffusion, with our vocabulary and at our sizes.
+    """
+    settings = config.clip_text()
+    tokenizer = partial(
+        comfy.sd1_clip.SDTokenizer,
+        tokenizer_path=str(TOKENIZER),
+        max_length=config.length,
+        embedding_size=config.hidden,
+    )
+    encoder = {
+        "clip_model": comfy.sd1_clip.SDClipModel,
+        "textmodel_json_config": settings,
+        "max_length": config.length,
+        "special_tokens": {
+            "start": settings["bos_token_id"],
+            "end": settings["eos_token_id"],
+            "pad": settings["pad_token_id"],
+        },
+        "return_projected_pooled": False,
+    }
+    target = SimpleNamespace(
+        params=encoder, clip=TinyCLIP, tokenizer=partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=tokenizer)
+    )
+    clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
+    # The host's embedding has a row for every token of the released vocabulary: those above ours are never asked for.
+    name, rows = "text_model.embeddings.token_embedding.weight", settings["vocab_size"]
+    embedding = clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight
+    ours = weights.get(name, embedding[:0])
+    if ours.shape != (rows, config.hidden):
+        raise ValueError(f"the text encoder's embedding is {tuple(ours.shape)}, not {(rows, config.hidden)}")
+    padded = F.pad(ours, (0, 0, 0, len(embedding) - rows))
+    projection = torch.eye(config.hidden)  # the host has one for pooled texts, which a text-to-video model does not use
+    missing, unknown = clip.load_sd({**weights, name: padded, "text_projection.weight": projection})
+    if missing or unknown:
+        raise ValueError(
+            f"the text encoder's weights do not fit the host: missing {missing[:3]}, unknown {unknown[:3]}"
+        )
+    return clip

@@ -29,6 +29,7 @@ from ...pipelines.videoshop.inversion import FLOW_END, Inversion, sample_edm_inv
 
 logger = logging.getLogger(__name__)
 
+AUTOMATIC = "automatic"  # a scheduler that is chosen by the kind of model
 Step = dict[str, Any]  # what a sampler of `pipelines` tells after each step
 
 
@@ -49,7 +50,7 @@ def noise_path(model_sampling: torch.nn.Module) -> NoisePath:
     mixed, *bases = (base for base in type(model_sampling).__mro__ if hasattr(base, "calculate_denoised"))
     kind = mixed if "calculate_denoised" in vars(mixed) else bases[0]
     raise ValueError(
-        f"this model samples as {kind.__name__}, which cannot be inverted yet (CogVideoX, image-to-image and distilled "
+        f"this model samples as {kind.__name__}, which Rewind cannot use yet (CogVideoX, image-to-image and distilled "
         "models): use a model of another family, such as Stable Video Diffusion, Stable Diffusion or Wan"
     )
 
@@ -245,6 +246,23 @@ def state_of(model: Any, inversion: Inversion) -> Tensor:
     return model.model.process_latent_out(inversion.latent.float())
 
 
+def schedulers() -> list[str]:
+    """What can be chosen as the scheduler of a node: one that fits the model, and the host's."""
+    return [AUTOMATIC, *comfy.samplers.SCHEDULER_NAMES]
+
+
+def noise_levels(model: Any, scheduler: str, steps: int) -> Tensor:
+    """The whole schedule of a MODEL, [steps + 1], descending to 0.
+
+    scheduler: one of `schedulers`. "automatic" is karras, and for flow models simple, which keeps to their own
+    shift.
+    """
+    model_sampling = model.get_model_object("model_sampling")
+    if scheduler == AUTOMATIC:
+        scheduler = "simple" if noise_path(model_sampling).kind == "flow" else "karras"
+    return comfy.samplers.calculate_sigmas(model_sampling, scheduler, steps).cpu()
+
+
 def schedule(sigmas: Tensor, model_sampling: torch.nn.Module) -> Tensor:
     """The SIGMAS in descending order, ending in 0; ValueError where they do not fit the model or cannot be inverted."""
     if sigmas.ndim != 1 or len(sigmas) < 2:
@@ -298,20 +316,23 @@ def check_latent(model: Any, latent: dict[str, Any]) -> Tensor:
 
 
 def check_conditioning(model: Any, conditioning: list, samples: Tensor, name: str) -> None:
-    """ValueError where a condition is missing, not finite, of another size than the latent or, for SVD, no picture."""
+    """ValueError where a condition is missing, not finite, of another size than the latent or model, or has no picture
+    where the model needs one, or one where it takes none."""
     if not conditioning:
         raise ValueError(f"{name} is empty: connect a CONDITIONING")
-    svd = is_svd(model)
+    svd, with_frame = is_svd(model), takes_first_frame(model)
     width = model.model.model_config.unet_config.get("context_dim") if svd else None
     for embedding, extra in conditioning:
         if width is not None and embedding.shape[-1] != width:
             raise ValueError(
                 f"{name} holds an embedding of width {embedding.shape[-1]}, this MODEL takes {width}: connect the "
-                "CLIP_VISION that came with the MODEL"
+                f"{'CLIP_VISION' if with_frame else 'CLIP'} that came with the MODEL"
             )
         image = extra.get("concat_latent_image")
-        if svd and image is None:
+        if with_frame and image is None:
             raise ValueError(f"{name} holds no first frame: connect Videoshop Conditioning or SVD_img2vid_Conditioning")
+        if svd and not with_frame and image is not None:
+            raise ValueError(f"{name} holds a first frame, but a text alone tells this MODEL: connect CLIP Text Encode")
         for tensor in (embedding, image):
             if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} holds NaN or infinite values")
@@ -326,3 +347,9 @@ def check_conditioning(model: Any, conditioning: list, samples: Tensor, name: st
 def is_svd(model: Any) -> bool:
     """Whether a MODEL is Stable Video Diffusion or of its kind."""
     return isinstance(model.model, comfy.model_base.SVD_img2vid)
+
+
+def takes_first_frame(model: Any) -> bool:
+    """Whether a MODEL is told by a first frame what to show: Stable Video Diffusion, but not the embedded
+    text-to-video model of its kind."""
+    return is_svd(model) and not getattr(model.model.model_config, "rewind_by_text", False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
+from server import PromptServer
 
 _KNOWN = set(io.Schema.__dataclass_fields__)
 
@@ -21,3 +22,9 @@ ADVANCED = {"advanced": True}
 def Schema(**fields: Any) -> io.Schema:
     """`io.Schema` without the keywords that the running host does not know (search_aliases on 0.7 for example)."""
     return io.Schema(**{name: value for name, value in fields.items() if name in _KNOWN})
+
+
+def show_text(node_id: str | None, text: str) -> None:
+    """Show a text on a node, as the host's GetImageSize does; it stays until the page is loaded again."""
+    if node_id is not None:
+        PromptServer.instance.send_progress_text(text, node_id)

@@ -65,17 +65,34 @@ def checkpoint(host: Any, seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: tensor.half().float() for name, tensor in keys.to_checkpoint(parts).items()}
 
 
-def ensure_weights(host: Any, pack: Path) -> bool:
-    """Put random weights where the pack looks for the trained ones, where those are missing; whether they are real."""
+def text_checkpoint(host: Any, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights of the embedded text-to-video model in its checkpoint's layout, of diffusers' classes."""
+    models, text, keys = host.module("demo.models"), host.module("demo.text"), host.module("demo.keys")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        parts = {"unet": models.build_unet().state_dict(), "text_encoder": text.build_text_encoder().state_dict()}
+    for name in ("conv_out.weight", "conv_out.bias"):
+        parts["unet"][name] = parts["unet"][name] * 0.15
+    return {name: tensor.half().float() for name, tensor in keys.text_to_checkpoint(parts).items()}
+
+
+def save_weights(weights: dict[str, torch.Tensor], file: Path) -> Path:
+    """Write weights as they are shipped, in half precision; the file."""
     import safetensors.torch
 
-    file = pack / "demo" / "rewind_demo_svd.safetensors"
-    if file.exists():
-        return not file.with_suffix(".random").exists()
-    weights = {name: tensor.half().contiguous() for name, tensor in checkpoint(host).items()}
-    safetensors.torch.save_file(weights, file)
-    file.with_suffix(".random").touch()
-    return False
+    safetensors.torch.save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, file)
+    return file
+
+
+def ensure_weights(host: Any, pack: Path) -> bool:
+    """Put random weights where the pack looks for trained ones, where those are missing; whether all are real."""
+    real = True
+    for name, make in (("rewind_demo_svd", checkpoint), ("rewind_demo_t2v", text_checkpoint)):
+        file = pack / "demo" / f"{name}.safetensors"
+        if not file.exists():
+            save_weights(make(host), file).with_suffix(".random").touch()
+        real = real and not file.with_suffix(".random").exists()
+    return real
 
 
 def svd(host: Any) -> Any:
@@ -149,6 +166,17 @@ def wan(host: Any) -> Any:
         }
     )
     return _randomised(settings, 3, 0.3, lambda network: network.head.head, 0.05)
+
+
+def wan_vae() -> Any:
+    """A VAE of the host's Wan 2.1 class: 4 n + 1 frames into n + 1 latents of 16 channels."""
+    import comfy.ldm.wan.vae
+    import comfy.sd
+
+    widths = {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "dropout": 0.0}
+    network = comfy.ldm.wan.vae.WanVAE(**widths, temperal_downsample=[False, True, True])
+    randomise(network, 7, 1.0, network.conv2, 1.0)
+    return comfy.sd.VAE(sd=network.state_dict())
 
 
 def ltxv(host: Any) -> Any:
