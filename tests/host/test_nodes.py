@@ -322,3 +322,24 @@ def test_a_video_of_the_demo_clip_can_be_saved(host, tmp_path):
     video, *_ = host.run_node("RewindDemoClip")
     video.save_to(str(tmp_path / "clip.mp4"))
     assert (tmp_path / "clip.mp4").stat().st_size > 1000
+
+
+# --- Rewind Demo Clip (text edit) -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["motion", "style", "object", "background"])
+def test_the_text_edits_answer_is_what_its_prompt_asks_for(host, kind):
+    edits = host.module("demo.text_edits")
+    video, prompt, caption, answer = host.run_node("RewindDemoTextEdit", edit=kind, seed=5)
+    components, chosen = video.get_components(), edits.text_example(5, kind)
+    assert components.images.shape == answer.shape == (8, 96, 96, 3) and float(components.frame_rate) == 7
+    assert prompt == chosen.prompt("sks") and "sks" in prompt and caption == chosen.caption
+    assert edits.score(chosen, answer.movedim(-1, 1)).success
+    assert not edits.score(chosen, components.images.movedim(-1, 1)).accuracy
+    assert torch.equal(answer, host.run_node("RewindDemoTextEdit", edit=kind, seed=5)[3])
+    assert not torch.equal(answer, host.run_node("RewindDemoTextEdit", edit=kind, seed=6)[3])
+
+
+def test_the_text_edits_token_goes_into_the_prompt(host):
+    prompts = [host.run_node("RewindDemoTextEdit", token=token)[1] for token in ("", " zq ", "sks")]
+    assert prompts[1] == prompts[2].replace("sks", "zq") and prompts[0] == prompts[2].replace("sks ", "")
