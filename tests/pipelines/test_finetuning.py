@@ -74,7 +74,7 @@ def test_noise_levels_follow_the_schedule_inside_the_models_limits():
     assert levels.min() >= low * (1 - 1e-5) and levels.max() <= high * (1 + 1e-5)
     times = 2 / math.pi * levels.atan()  # of sigma = tan(pi s / 2): uniform between the limits' times
     inside = times[(levels > low * 1.01) & (levels < high * 0.99)]
-    assert torch.quantile(inside, 0.5) == pytest.approx((inside.min() + inside.max()) / 2, abs=0.02)
+    assert float(inside.median()) == pytest.approx(float(inside.min() + inside.max()) / 2, abs=0.02)
     flow = draw_sigma(4000, FLOW, (0.0, 1.0), generator())
     assert 0 < flow.min() and flow.max() < 1
 
@@ -132,7 +132,7 @@ def test_training_lowers_the_loss_on_the_clip_and_leaves_the_network_alone(subje
         return float(torch.stack(parts).mean())
 
     untrained = measured()
-    tuned = fine_tune(subject, replace(SMALL, steps=25, alpha=1.0, learning_rate=2e-2))
+    tuned = fine_tune(subject, replace(SMALL, steps=50, alpha=1.0, learning_rate=2e-2))
     assert measured() == untrained
     with from_state(subject.network, tuned.lora):
         assert measured() < 0.9 * untrained
