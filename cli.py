@@ -1,207 +1,29 @@
-"""The command `rewind`: a demonstration, the edit of a user's own clip, the benchmarks."""
+"""The command `rewind`: its parser, the demonstration, the benchmarks. What it does to a user's files: `commands/`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-import tempfile
 import time
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import Generator, OutOfMemoryError, Tensor
+from torch import OutOfMemoryError
 
+from .commands.dreamix import KINDS, run_dreamix
+from .commands.edit import PRESETS, load_pipeline, run_edit
+from .commands.files import say
 from .demo.world import EDITS
+from .pipelines.dreamix.coarse_video import MOVES
+from .pipelines.dreamix.temporal import MASKS
 from .pipelines.evaluation.metrics import colour_transfer, psnr
-from .pipelines.video import contact_sheet, fit, nearest_size, read_image, read_video, write_image, write_video
-from .pipelines.videoshop.settings import DEFAULT, PAPER, REFERENCE, VideoshopSettings
+from .pipelines.video import contact_sheet, read_image, read_video, write_image, write_video
+from .pipelines.videoshop.settings import DEFAULT
 
-PRESETS = {"default": DEFAULT, "paper": PAPER, "reference": REFERENCE}
-SUFFIXES = (".mp4", ".mov", ".mkv")
 ENLARGE = 4  # the demo world's clips are small: a pixel becomes 4 x 4
-SAME_PROPORTIONS = 0.02  # the edited frame's may differ by this share from the clip's
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
-# --- rewind edit ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What must be known of a model before it is loaded."""
-
-    frames: int  # it was trained on
-    area: int  # pixels of the frames it was trained on
-    multiple: int  # both sides must be multiples of it
-
-
-@dataclass(frozen=True)
-class EditJob:
-    """An edit with all its input read and checked."""
-
-    clip: Tensor  # [T, 3, H, W], at the model's size
-    edited: Tensor  # [3, H, W]
-    fps: Fraction
-    settings: VideoshopSettings
-    output: Path
-    force: bool  # overwrite it
-    model: str | None
-    seed: int
-
-
-def model_facts(model: str | None) -> ModelFacts:
-    """Read them from the UNet's configuration, of a folder or on the hub; no weights are read.
-
-    Raises ValueError where there is no such model, or one of another kind.
-    """
-    from .demo.models import ImageToVideoConfig
-
-    if model is None:
-        own = ImageToVideoConfig()
-        return ModelFacts(own.frames, own.size**2, 8 * 2 ** (len(own.unet_channels) - 1))
-    from .pipelines.videoshop.pipeline import unet_config
-
-    try:
-        config = unet_config(model)
-    except OSError as error:
-        raise ValueError(
-            f"{model} is not a model in diffusers' layout, neither a folder nor a hub's id within reach ({error})"
-        ) from error
-    levels = len(config["block_out_channels"])
-    return ModelFacts(
-        config.get("num_frames") or 14, (8 * (config.get("sample_size") or 96)) ** 2, 8 * 2 ** (levels - 1)
-    )
-
-
-def edit_settings(args: argparse.Namespace) -> VideoshopSettings:
-    """The preset with what the command line changes. Raises ValueError for a value out of range."""
-    named = ("steps", "strength", "refine", "fps", "motion_bucket")
-    changes = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
-    if args.guidance:
-        changes |= {"first_guidance": args.guidance[0], "last_guidance": args.guidance[1]}
-    return replace(PRESETS[args.preset], **changes)
-
-
-def check_output(args: argparse.Namespace) -> None:
-    """Raise before any work for a result that could not be written, or that would overwrite something."""
-    output: Path = args.output
-    if output.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"the output {output} must end in {', '.join(SUFFIXES)}")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {output.parent} for the output")
-    if output.is_dir():
-        raise ValueError(f"the output {output} is a folder; give the name of a file")
-    try:
-        tempfile.TemporaryFile(dir=output.parent).close()
-    except OSError as error:
-        raise ValueError(f"nothing can be written in {output.parent}: {error.strerror}") from error
-    if output.exists() and output.resolve() in (args.clip.resolve(), args.edited.resolve()):
-        raise ValueError(f"the output {output} is one of the inputs; give another name")
-    if output.exists() and not args.force:
-        raise FileExistsError(f"{output} exists already; --force overwrites it")
-
-
-def prepare_edit(args: argparse.Namespace) -> EditJob:
-    """Check and read all input, and say what is trimmed, resampled, resized or left out. Loads no model."""
-    check_output(args)
-    settings, facts = edit_settings(args), model_facts(args.model)
-    count = facts.frames if args.frames is None else args.frames
-    if count < 2:
-        raise ValueError(f"got --frames {count}; a clip has at least 2")
-    read = read_video(args.clip, frames=count, fps=args.fps)
-    edited = read_image(args.edited)
-    frames, height, width = len(read.frames), *read.frames.shape[2:]
-    if frames < 2:
-        raise ValueError(f"{args.clip} has one frame; a clip has at least 2")
-    if abs(math.log(edited.shape[2] / edited.shape[1] * height / width)) > SAME_PROPORTIONS:
-        raise ValueError(
-            f"the edited frame is {edited.shape[2]}x{edited.shape[1]} and the clip {width}x{height}: their proportions "
-            "differ; edit the clip's own first frame without cropping it"
-        )
-    size = args.size or nearest_size(width, height, facts.area, facts.multiple)
-    if min(size) < 1 or size[0] % facts.multiple or size[1] % facts.multiple:
-        nearest = nearest_size(*(max(1, side) for side in size), max(1, size[0] * size[1]), facts.multiple)
-        raise ValueError(
-            f"got --size {size[0]}x{size[1]}; both sides must be multiples of {facts.multiple}, "
-            f"the nearest is {nearest[0]}x{nearest[1]}"
-        )
-
-    if args.fps:
-        repeated = ", which repeats frames" if args.fps > read.file_fps else ""
-        say(f"resampled from {float(read.file_fps):g} to {args.fps:g} frames a second{repeated}")
-    if read.uneven:
-        say(f"the clip's frame rate varies; the result plays evenly at {float(read.fps):g}, or resample it with --fps")
-    if args.frames is not None and frames < args.frames:
-        say(f"the clip has {frames} frames, not the {args.frames} of --frames")
-    if read.trimmed:
-        say(f"trimmed to the first {frames} frames; --frames takes more, --fps covers more time with as many")
-    if frames != facts.frames:
-        say(f"{frames} frames; the model was trained on {facts.frames}, other numbers may look worse")
-    if read.has_audio:
-        say("the audio track is left out")
-    for name, old in (("clip", (width, height)), ("edited frame", (edited.shape[2], edited.shape[1]))):
-        if old != size:
-            cropped = 1 - min(size[0] * old[1], size[1] * old[0]) / max(size[0] * old[1], size[1] * old[0])
-            told = f", {cropped:.0%} is cropped" if cropped >= 0.005 else ""
-            say(f"the {name} is resized from {old[0]}x{old[1]} to {size[0]}x{size[1]}{told}")
-    return EditJob(
-        clip=fit(read.frames, *size),
-        edited=fit(edited[None], *size)[0],
-        fps=read.fps,
-        settings=settings,
-        output=args.output,
-        force=args.force,
-        model=args.model,
-        seed=args.seed,
-    )
-
-
-def load_pipeline(model: str | None):
-    """The model of an edit: the embedded one, or Stable Video Diffusion from a folder or the hub."""
-    import torch
-
-    from .benchmarks.runner import embedded_pipeline
-    from .pipelines.videoshop.pipeline import VideoshopPipeline
-
-    if model is None:
-        # So small a model gains little from more threads, and loses much where other work shares the cores.
-        torch.set_num_threads(1)
-        return embedded_pipeline()
-    on_gpu = torch.cuda.is_available()
-    half_files = any(Path(model).glob("unet/*.fp16.safetensors"))
-    return VideoshopPipeline.from_pretrained(
-        model,
-        torch_dtype=torch.float16 if on_gpu else torch.float32,
-        device="cuda" if on_gpu else "cpu",
-        variant="fp16" if half_files else None,
-    )
-
-
-def run_edit(args: argparse.Namespace) -> int:
-    """`rewind edit`."""
-    job = prepare_edit(args)
-    if job.model is None:
-        say("no --model: the embedded model is only a demonstration, it knows nothing but clips of its synthetic world")
-    started = time.monotonic()
-    generator = Generator().manual_seed(job.seed)
-    result = load_pipeline(job.model)(job.clip, job.edited, job.settings, generator)
-    output = job.output
-    while output.exists() and not job.force:  # it came while the model worked
-        output = output.with_stem(f"{output.stem}-new")
-    write_video(output, result.frames, job.fps)
-    calls = result.evaluations
-    say(
-        f"{output}: {len(result.frames)} frames at {float(job.fps):g} frames a second, "
-        f"{time.monotonic() - started:.0f} s, {calls['inversion']} + {calls['denoising']} network evaluations"
-    )
-    return 0
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 
 
 # --- rewind demo ------------------------------------------------------------------------------------------------------
@@ -265,6 +87,27 @@ def run_demo(args: argparse.Namespace) -> int:
 # --- rewind benchmark -------------------------------------------------------------------------------------------------
 
 
+def benchmark_dreamix(args: argparse.Namespace, common: dict[str, Any]) -> int:
+    """`rewind benchmark dreamix`, which takes hours: all is checked before."""
+    from .benchmarks import dreamix
+
+    runs = 1 if args.runs is None else args.runs
+    for name, value, least in (
+        ("runs", runs, 1),
+        ("tuning-clips", args.tuning_clips, 0),
+        ("timed-runs", args.timed_runs, 0),
+    ):
+        if value < least:
+            raise ValueError(f"got --{name} {value}; it must be at least {least}")
+    if args.python is not None and not args.python.is_file():
+        raise FileNotFoundError(
+            f"there is no interpreter at {args.python}: --python names the one that the host runs in"
+        )
+    own = {"runs": runs, "swept_clips": args.tuning_clips, "python": args.python, "cost_runs": args.timed_runs}
+    dreamix.main(args.clips or 10, args.seeds or "test", **own, **common)
+    return 0
+
+
 def run_benchmark(args: argparse.Namespace) -> int:
     """`rewind benchmark`."""
     from .benchmarks import cost, model, round_trip, sweep, videoshop
@@ -273,8 +116,10 @@ def run_benchmark(args: argparse.Namespace) -> int:
         raise ValueError(f"got --clips {args.clips}; a spread needs at least 2")
     common: dict[str, Any] = {"workers": args.workers, "output": args.output}
     if args.what == "cost":
-        cost.main(args.python, args.runs, args.output)
+        cost.main(args.python, 7 if args.runs is None else args.runs, args.output)
         return 0
+    if args.what == "dreamix":
+        return benchmark_dreamix(args, common)
     if args.what == "model":
         passed = model.main(args.clips or 64, args.seeds or "test", **common)
         return int(args.strict and not passed)
@@ -339,10 +184,69 @@ def add_edit(commands: Any) -> None:
     edit.set_defaults(run=run_edit)
 
 
+def move_name(text: str) -> str:
+    """The move as it is listed; on the command line a hyphen may stand for its space."""
+    return text.replace("-", " ")
+
+
+def add_dreamix(commands: Any) -> None:
+    dreamix = commands.add_parser("dreamix", help="edit a clip, animate a picture or film a subject, by a prompt")
+    dreamix.add_argument("clip", type=Path, nargs="+", metavar="CLIP.mp4", help="or pictures, see the tasks")
+    dreamix.add_argument("-p", "--prompt", required=True, help="what the result shows")
+    dreamix.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mp4")
+    dreamix.add_argument(
+        "--model",
+        help="Wan or ModelScope (text to video) in diffusers' layout: folder or hub's id (default: the embedded model)",
+    )
+    dreamix.add_argument("--frames", type=int, help="of the result (default: the model's own number)")
+    dreamix.add_argument("--size", type=size, metavar="WxH", help="of the result (default: the model's, as the input)")
+    dreamix.add_argument("--fps", type=int, help="resample the clip to it; of pictures, the result's")
+    dreamix.add_argument("--seed", type=int, default=0)
+    dreamix.add_argument("--force", action="store_true", help="overwrite what is written")
+    add_dreamix_task(dreamix)
+    add_dreamix_sampling(dreamix.add_argument_group("the edit", "defaults: as the task and --kind have them"))
+    add_dreamix_tuning(dreamix.add_argument_group("the fine-tuning", "defaults: as the task and --kind have them"))
+    dreamix.set_defaults(run=run_dreamix)
+
+
+def add_dreamix_task(dreamix: argparse.ArgumentParser) -> None:
+    group = dreamix.add_argument_group("the task", "one of these, each with its own defaults")
+    task = group.add_mutually_exclusive_group()
+    task.add_argument("--kind", choices=KINDS, help=f"what the prompt changes in the clip (default: {KINDS[0]})")
+    moves = ", ".join(name.replace(" ", "-") for name in MOVES)
+    task.add_argument(
+        "--animate", type=move_name, choices=MOVES, metavar="MOVE", help=f"one picture, first moved by: {moves}"
+    )
+    task.add_argument("--subject", action="store_true", help="a new clip of what the pictures show")
+
+
+def add_dreamix_sampling(group: Any) -> None:
+    group.add_argument("--noise", type=float, metavar="S", help="0..1: higher follows the prompt, lower keeps the clip")
+    group.add_argument("--factor", type=float, help="how far the clip is downsampled a side, 1 is not at all")
+    group.add_argument("--stride", type=int, help="keep the motion of every so many frames, 1 is all of them")
+    group.add_argument("--steps", type=int, help="of the schedule from pure noise on")
+    group.add_argument("--guidance", type=float, help="by the prompt, 1 is none")
+    group.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from")
+    group.add_argument("--second-pass", type=float, metavar="S", help="the noise of an edit of the result, 0 for none")
+    group.add_argument("--scale", type=float, help="how much larger the second pass makes the frames")
+
+
+def add_dreamix_tuning(group: Any) -> None:
+    group.add_argument("--fine-tune-steps", type=int, help="0 for none")
+    group.add_argument("--alpha", type=float, help="0 learns from the frames alone, 1 from the clip alone")
+    group.add_argument("--learning-rate", type=float)
+    group.add_argument("--rank", type=int, help="of the LoRA")
+    group.add_argument("--mask", choices=MASKS, help="how the frames' part leaves out the motion")
+    group.add_argument("--token", help="the rare word that stands for what is learnt (default: sks, or the LoRA's own)")
+    group.add_argument("--save-lora", type=Path, metavar="FILE.safetensors", help="keep the fine-tuning")
+    group.add_argument("--lora", type=Path, metavar="FILE.safetensors", help="use a kept one instead")
+    group.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="of a run that may be interrupted")
+
+
 def add_benchmark(commands: Any) -> None:
     bench = commands.add_parser("benchmark", help="measure against the synthetic world's known answers")
-    bench.add_argument("what", choices=("model", "videoshop", "cost"))
-    bench.add_argument("--clips", type=int, help="default: model 64, videoshop 32 (round trip 16), sweep 8")
+    bench.add_argument("what", choices=("model", "videoshop", "dreamix", "cost"))
+    bench.add_argument("--clips", type=int, help="default: model 64, videoshop 32 (round trip 16), sweep 8, dreamix 10")
     bench.add_argument("--seeds", choices=("validation", "test"), help="default: test, of a sweep validation")
     bench.add_argument(
         "--kinds", nargs="+", choices=EDITS, help="videoshop: kinds of edit (default: all; of a sweep two)"
@@ -354,8 +258,24 @@ def add_benchmark(commands: Any) -> None:
     )
     bench.add_argument("--workers", type=int, help="processes (default: one a core, or one on a GPU)")
     bench.add_argument("--strict", action="store_true", help="model: exit code 1 when a gate FAILED")
-    bench.add_argument("--python", type=Path, help="cost: the interpreter that the host runs in")
-    bench.add_argument("--runs", type=int, default=7, help="cost: interleaved runs of each side (default: %(default)s)")
+    bench.add_argument("--python", type=Path, help="cost, dreamix: the interpreter that the host runs in")
+    bench.add_argument(
+        "--timed-runs",
+        type=int,
+        default=3,
+        help="dreamix: runs of each side in the host, of the table of costs, 0 for none (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--runs",
+        type=int,
+        help="cost: interleaved runs of each side (default: 7); dreamix: seeds of each clip's fine-tuning (default: 1)",
+    )
+    bench.add_argument(
+        "--tuning-clips",
+        type=int,
+        default=3,
+        help="dreamix: validation clips of the table of fine-tuning steps, 0 for none (default: %(default)s)",
+    )
     bench.add_argument(
         "-o", "--output", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)"
     )
@@ -364,7 +284,7 @@ def add_benchmark(commands: Any) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="rewind", description="Rewind a clip to noise, change one frame, play it again.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | edit | benchmark")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | edit | dreamix | benchmark")
 
     demo = commands.add_parser("demo", help="edit the shipped clip with the embedded model; takes less than a minute")
     demo.add_argument("-o", "--output", type=Path, default=Path("output/demo"), help="folder (default: %(default)s)")
@@ -372,17 +292,23 @@ def build_parser() -> Parser:
     demo.set_defaults(run=run_demo)
 
     add_edit(commands)
+    add_dreamix(commands)
     add_benchmark(commands)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 2 and one line on stderr for bad input."""
+    """Run the command; 2 and one line on stderr for bad input, 130 for an interruption that tells how to go on."""
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"rewind: {' '.join(str(error).split())}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        if not stop.args:
+            raise
+        print(f"rewind: {stop}", file=sys.stderr)
+        return INTERRUPTED
     except (OutOfMemoryError, MemoryError) as error:
         told = " ".join(str(error).split())
         print(f"rewind: not enough memory: use fewer --frames or a smaller --size ({told})", file=sys.stderr)

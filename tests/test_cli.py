@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from dataclasses import replace
@@ -14,10 +15,14 @@ import pytest
 import torch
 
 from rewind import cli
-from rewind.benchmarks import cost, model, round_trip, sweep, videoshop
+from rewind.benchmarks import cost, dreamix, model, round_trip, sweep, videoshop
+from rewind.commands import edit as command
+from rewind.commands import files
 from rewind.pipelines.video import nearest_size, read_image, read_video, write_image, write_video
 from rewind.pipelines.videoshop.pipeline import VideoshopResult
 from rewind.pipelines.videoshop.settings import DEFAULT, PAPER, REFERENCE
+
+DREAMIX_MAIN = dreamix.main  # tests put others in its place
 
 
 class FakePipeline:
@@ -34,7 +39,7 @@ class FakePipeline:
 @pytest.fixture
 def pipeline(monkeypatch):
     fake = FakePipeline()
-    monkeypatch.setattr(cli, "load_pipeline", lambda name: fake)
+    monkeypatch.setattr(command, "load_pipeline", lambda name: fake)
     return fake
 
 
@@ -43,7 +48,7 @@ def no_model(monkeypatch):
     def load(name):
         raise AssertionError("a model was loaded before the input was checked")
 
-    monkeypatch.setattr(cli, "load_pipeline", load)
+    monkeypatch.setattr(command, "load_pipeline", load)
 
 
 def write_files(folder, width=96, height=96, frames=10, fps=12, audio=False):
@@ -90,7 +95,7 @@ def test_a_clip_that_fits_is_taken_as_it_is(tmp_path, pipeline, capsys):
 
 @pytest.mark.parametrize(("width", "height", "fps"), [(320, 180, 24), (90, 160, Fraction(30000, 1001)), (100, 100, 60)])
 def test_any_rate_size_and_proportions_are_brought_to_the_model(tmp_path, pipeline, capsys, width, height, fps):
-    facts = cli.model_facts(None)
+    facts = command.model_facts(None)
     size = nearest_size(width, height, facts.area, facts.multiple)
     write_files(tmp_path, width, height, fps=fps, audio=True)
     assert edit(tmp_path) == 0
@@ -161,20 +166,20 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model(tmp_path, 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", full)
     assert edit(tmp_path) == 2
     assert "No space left" in capsys.readouterr().err
 
 
 def test_a_file_that_comes_while_the_model_works_is_kept(tmp_path, pipeline, monkeypatch):
     write_files(tmp_path, frames=8)
-    load = cli.load_pipeline
+    load = command.load_pipeline
 
     def slow(model):
         (tmp_path / "out.mp4").write_bytes(b"precious")
         return load(model)
 
-    monkeypatch.setattr(cli, "load_pipeline", slow)
+    monkeypatch.setattr(command, "load_pipeline", slow)
     assert edit(tmp_path) == 0
     assert (tmp_path / "out.mp4").read_bytes() == b"precious"
     assert len(read_video(tmp_path / "out-new.mp4").frames) == 8
@@ -186,7 +191,7 @@ def test_too_little_memory_is_told_in_one_line(tmp_path, monkeypatch, capsys):
     def greedy(model):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
-    monkeypatch.setattr(cli, "load_pipeline", greedy)
+    monkeypatch.setattr(command, "load_pipeline", greedy)
     assert edit(tmp_path) == 2
     assert "fewer --frames" in capsys.readouterr().err and not (tmp_path / "out.mp4").exists()
 
@@ -276,7 +281,7 @@ def test_a_model_folder_tells_its_frames_and_size_and_edits(tmp_path, capsys):
     parts = {"unet": unet, "vae": vae, "image_encoder": CLIPVisionModelWithProjection(clip)}
     for name, part in parts.items():
         part.save_pretrained(folder / name)
-    assert cli.model_facts(str(folder)) == cli.ModelFacts(frames=3, area=64 * 64, multiple=16)
+    assert command.model_facts(str(folder)) == command.ModelFacts(frames=3, area=64 * 64, multiple=16)
     write_files(tmp_path, 128, 64)
     assert edit(tmp_path, "--model", str(folder), "--steps", "2") == 0
     written = read_video(tmp_path / "out.mp4").frames
@@ -323,7 +328,7 @@ def test_the_demonstration_edits_the_shipped_clip_in_less_than_a_minute(tmp_path
 def asked(monkeypatch):
     """Which benchmarks were started, and with what."""
     calls = []
-    for module in (model, videoshop, round_trip, sweep, cost):
+    for module in (model, videoshop, round_trip, sweep, dreamix, cost):
         name = module.__name__.rsplit(".", 1)[-1]
         monkeypatch.setattr(module, "main", lambda *a, _name=name, **k: calls.append((_name, a, k)))
     return calls
@@ -337,13 +342,14 @@ def test_a_failed_gate_fails_the_command_only_when_strict(monkeypatch):
 
 
 def test_each_benchmark_has_its_seeds_and_number_of_clips(asked):
-    for words in (["model"], ["videoshop"], ["videoshop", "--sweep", "threshold=1,2"], ["cost"]):
+    for words in (["model"], ["videoshop"], ["videoshop", "--sweep", "threshold=1,2"], ["dreamix"], ["cost"]):
         assert cli.main(["benchmark", *words]) == 0
     assert [(name, a) for name, a, _ in asked] == [
         ("model", (64, "test")),
         ("videoshop", (32, "test", cli.EDITS)),
         ("round_trip", (16, "test")),
         ("sweep", (["threshold=1,2"], 8, "validation", sweep.KINDS)),
+        ("dreamix", (10, "test")),
         ("cost", (None, 7, asked[-1][1][2])),
     ]
 
@@ -361,3 +367,24 @@ def test_a_part_of_the_benchmark_can_be_asked_for(asked):
 def test_too_few_clips_are_refused_before_any_work(asked, capsys):
     assert cli.main(["benchmark", "model", "--clips", "1"]) == 2
     assert not asked and "at least 2" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_dreamix_is_passed_its_options(asked, tmp_path, capsys):
+    python = tmp_path / "python"
+    python.touch()
+    options = ["--clips", "3", "--seeds", "validation", "--workers", "2", "--runs", "4", "--tuning-clips", "0"]
+    options += ["--timed-runs", "5", "--python", str(python), "-o", str(tmp_path)]
+    assert cli.main(["benchmark", "dreamix"]) == cli.main(["benchmark", "dreamix", *options]) == 0
+    (_, _, plain), (_, given, told) = asked
+    inspect.signature(DREAMIX_MAIN).bind(*given, **told)  # raises where the benchmark takes no such argument
+    assert (plain["runs"], plain["swept_clips"], plain["cost_runs"], plain["python"]) == (1, 3, 3, None)
+    own = {"runs": 4, "swept_clips": 0, "cost_runs": 5, "python": python}
+    assert (given, told) == ((3, "validation"), {"workers": 2, "output": tmp_path, **own})
+
+
+@pytest.mark.parametrize(
+    "options", [["--runs", "0"], ["--tuning-clips", "-1"], ["--timed-runs", "-1"], ["--python", "absent/python"]]
+)
+def test_hours_of_benchmark_are_refused_before_they_begin(asked, capsys, options):
+    assert cli.main(["benchmark", "dreamix", *options]) == 2
+    assert not asked and options[0] in capsys.readouterr().err

@@ -22,13 +22,14 @@ HOST_MODULES = {
     "folder_paths",
     "server",
 }
-DATA_SUFFIXES = {".safetensors", ".mp4", ".png", ".json", ".jpg"}
+DATA_SUFFIXES = {".safetensors", ".mp4", ".png", ".json", ".jpg", ".txt"}
 # Who may import whom, inside the package. Left out: anybody.
 ALLOWED = {
     "pipelines": {"pipelines"},
     "demo": {"demo", "pipelines"},
     "nodes": {"nodes", "demo", "pipelines"},
     "benchmarks": {"benchmarks", "demo", "pipelines"},
+    "commands": {"commands", "benchmarks", "demo", "pipelines"},
 }
 
 
@@ -164,9 +165,12 @@ def test_an_installed_wheel_finds_its_data(tmp_path):
     load = (
         "import json, pathlib, rewind\n"
         "from rewind.demo.models import load_components\n"
+        "from rewind.demo.text import load_text_components\n"
         "from rewind.pipelines.video import read_video\n"
         "from rewind.demo.clip import CLIP\n"
         "assert len(load_components()) == 3 and len(read_video(CLIP).frames) == 8\n"
+        "*_, tokenizer = load_text_components()\n"
+        "assert len(tokenizer('a red circle moves right').input_ids) == 7\n"
         "graphs = list((pathlib.Path(rewind.__file__).parent / 'workflows').glob('*.json'))\n"
         "assert graphs and all(json.loads(graph.read_text(encoding='utf-8'))['nodes'] for graph in graphs)\n"
     )

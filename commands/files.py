@@ -1,0 +1,94 @@
+"""What the commands share: results checked before any work, inputs brought to a model's size, and all of it told."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ..pipelines.video import Clip, fit, nearest_size
+
+VIDEOS = (".mp4", ".mov", ".mkv")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError for a folder that nothing could be written in, or that could not be made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file, not a folder")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(f"nothing can be written in {there}: {error.strerror}") from error
+
+
+def check_output(output: Path, inputs: Sequence[Path], force: bool, suffixes: Sequence[str] = VIDEOS) -> None:
+    """Raise before any work for a result that could not be written, or that would overwrite something."""
+    if output.suffix.lower() not in suffixes:
+        raise ValueError(f"the output {output} must end in {', '.join(suffixes)}")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {output.parent} for the output")
+    if output.is_dir():
+        raise ValueError(f"the output {output} is a folder; give the name of a file")
+    check_folder(output.parent)
+    if output.exists() and output.resolve() in [path.resolve() for path in inputs]:
+        raise ValueError(f"the output {output} is one of the inputs; give another name")
+    if output.exists() and not force:
+        raise FileExistsError(f"{output} exists already; --force overwrites it")
+
+
+def free_name(output: Path, force: bool) -> Path:
+    """The output, or where a file came there while the model worked, a name beside it."""
+    while output.exists() and not force:
+        output = output.with_stem(f"{output.stem}-new")
+    return output
+
+
+def choose_size(asked: tuple[int, int] | None, width: int, height: int, area: int, multiple: int) -> tuple[int, int]:
+    """Width and height of the result: as asked, or about the area, in the proportions of width x height.
+
+    Raises ValueError where the size asked for has sides that are no multiples.
+    """
+    size = asked or nearest_size(width, height, area, multiple)
+    if min(size) < 1 or size[0] % multiple or size[1] % multiple:
+        nearest = nearest_size(*(max(1, side) for side in size), max(1, size[0] * size[1]), multiple)
+        raise ValueError(
+            f"got --size {size[0]}x{size[1]}; both sides must be multiples of {multiple}, "
+            f"the nearest is {nearest[0]}x{nearest[1]}"
+        )
+    return size
+
+
+def tell_reading(read: Clip, frames: int | None, fps: int | None) -> None:
+    """Say what of a file was resampled, missed or trimmed. frames, fps: as the user asked, None where not."""
+    if fps:
+        repeated = ", which repeats frames" if fps > read.file_fps else ""
+        say(f"resampled from {float(read.file_fps):g} to {fps:g} frames a second{repeated}")
+    if read.uneven:
+        say(f"the clip's frame rate varies; the result plays evenly at {float(read.fps):g}, or resample it with --fps")
+    if frames is not None and len(read.frames) < frames:
+        say(f"the clip has {len(read.frames)} frames, not the {frames} of --frames")
+    if read.trimmed:
+        say(f"trimmed to the first {len(read.frames)} frames; --frames takes more, --fps covers more time with as many")
+
+
+def tell_length(frames: int, own: int) -> None:
+    """Say where a clip has another number of frames than the model's own."""
+    if frames != own:
+        say(f"{frames} frames; the model was trained on {own}, other numbers may look worse")
+
+
+def resized(name: str, images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images [n, 3, H, W] at a size (width, height), and said where that changes them."""
+    old = (images.shape[3], images.shape[2])
+    if old != size:
+        cropped = 1 - min(size[0] * old[1], size[1] * old[0]) / max(size[0] * old[1], size[1] * old[0])
+        told = f", {cropped:.0%} is cropped" if cropped >= 0.005 else ""
+        say(f"the {name} is resized from {old[0]}x{old[1]} to {size[0]}x{size[1]}{told}")
+    return fit(images, *size)
