@@ -19,7 +19,7 @@ from torch import Tensor
 from . import captions, text
 from . import world as W
 from .models import ADDED_IDS, TEXT_WEIGHTS, build_unet, load_components
-from .trainer import Trainer, draw_sigmas, edm_loss, load_cache, seeded
+from .trainer import DRIFT_WEIGHT, Trainer, draw_sigmas, edm_loss, load_cache, seeded
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def text_to_video_loss(
             return unet(model_input, 0.25 * sigma.log(), context, added, return_dict=False)[0].float()
 
     sigma = draw_sigmas(n, generator, P_MEAN, P_STD, WIDE).to(device)
-    return edm_loss(network, z, sigma, batch["mask"].float(), generator)
+    return edm_loss(network, z, sigma, batch["mask"].float(), generator, DRIFT_WEIGHT)
 
 
 def teach_words(text_encoder, tokenizer, generator: torch.Generator, steps: int = 800, lr: float = 2e-3) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from rewind.demo import captions, text, train, train_text
 from rewind.demo.models import ADDED_IDS, WEIGHTS, build_unet, load_components
+from rewind.demo.trainer import DRIFT_WEIGHT, drift
 from rewind.pipelines.denoiser import edm_scalings
 
 
@@ -111,7 +114,8 @@ def run(folder, command, steps=1):
     train.main([command, "--steps", str(steps), "--batch", "1", "--workers", "1", "--folder", str(folder)])
 
 
-def test_it_starts_from_the_image_to_video_model_and_resumes(folder):
+def test_it_starts_from_the_image_to_video_model_and_resumes(folder, monkeypatch):
+    monkeypatch.setattr(train_text, "teach_words", partial(train_text.teach_words, steps=1))
     run(folder, "text-to-video")
     first = torch.load(folder / "text_to_video.pt")
     assert first["step"] == 1 and first["raw"].keys() == {"unet", "text_encoder"}
@@ -127,6 +131,38 @@ def test_it_starts_from_the_image_to_video_model_and_resumes(folder):
         if not torch.equal(tensor, first["raw"]["text_encoder"][name])
     ]
     assert moved and len(second["optimizer"]["state"]) > 0
+
+
+def test_the_text_encoder_learns_to_tell_what_captions_say():
+    torch.manual_seed(0)
+    encoder, tokenizer = text.build_text_encoder(), text.load_tokenizer()
+    chance = sum(math.log(n) for n in (6, 3, 4, 2, 4)) + 1.0  # of the styles, half of the clips have none
+    assert train_text.teach_words(encoder, tokenizer, generator(), steps=60) < 0.6 * chance
+
+
+def test_the_drift_tells_where_things_move_and_is_none_where_they_stand():
+    clips = torch.zeros(4, 8, 1, 12, 12)
+    for i, (right, down) in enumerate(((1, 0), (0, 1), (-1, 0), (0, 0))):
+        for t in range(8):
+            clips[i, t, 0, 6 + down * (t - 4), 6 + right * (t - 4)] = 1
+    found = drift(clips)[:, 0]
+    # sum_t (t - 3.5) t over the ramps' norms: 42 / (sqrt(42) sqrt(143) sqrt(12)).
+    moved = 42 / math.sqrt(42 * 143 * 12)
+    wanted = torch.tensor([[moved, 0], [0, moved], [-moved, 0], [0, 0]])
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_the_best_network_is_the_same_with_the_drift_weighed(batch):
+    """The network that knows has no loss either way; a mistake in the drift alone costs what its weight says."""
+    unet = KnowsTheAnswer(batch["latents"])
+    assert float(train_text.text_to_video_loss(unet, text_encoder, batch, EMPTY, generator())) < 1e-5
+    shape = batch["latents"].shape
+    time, space = torch.arange(8.0) - 3.5, torch.arange(12.0) - 5.5
+    moving = (time / time.norm())[:, None, None, None] * (space / space.norm() / 12**0.5)
+    mistaken = KnowsTheAnswer(batch["latents"], moving.expand(shape))
+    plain = {**batch, "mask": torch.zeros_like(batch["mask"])}
+    loss = float(train_text.text_to_video_loss(mistaken, text_encoder, plain, EMPTY, generator()))
+    assert loss == pytest.approx(1 / (8 * 12 * 12) + DRIFT_WEIGHT / 2, rel=1e-2)
 
 
 def test_the_moving_averages_are_exported_in_half_precision(folder, monkeypatch):
