@@ -14,10 +14,11 @@ from . import runner
 from .runner import PACK
 
 HOST_EULER = "the host's euler"
-# Runs in the host's interpreter, from the host's folder: argv is the pack's folder and the number of runs.
+# Runs in the host's interpreter, from the host's folder; argv is the pack's folder and what the part put in asks
+# for. Loads the pack as the host would, then prints what that part has `found`, as JSON.
 SCRIPT = """
 import importlib, importlib.util, json, sys
-pack, runs = sys.argv[1:]
+pack, *given = sys.argv[1:]
 sys.argv = sys.argv[:1]
 sys.path.insert(0, "")
 from comfy.cli_args import args
@@ -26,9 +27,13 @@ args.cpu = not torch.cuda.is_available()
 spec = importlib.util.spec_from_file_location("rewind_timed", pack + "/__init__.py", submodule_search_locations=[pack])
 sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules[spec.name])
+{}
+print("RESULT" + json.dumps(found))
+"""
+SAMPLING = """
 nodes = importlib.import_module("rewind_timed.nodes.videoshop")
 timing = importlib.import_module("rewind_timed.nodes.host.timing")
-print("RESULT" + json.dumps(timing.measure(nodes.EDMInversion.execute, nodes.SVDDenoise.execute, int(runs))))
+found = timing.measure(nodes.EDMInversion.execute, nodes.SVDDenoise.execute, int(given[0]))
 """
 
 
@@ -46,6 +51,24 @@ def interpreter(host: Path) -> Path:
     candidates = [host / name / "bin" / "python" for name in (".venv", "venv")]
     candidates += sorted(PACK.glob(f".venvs/{host.resolve().name}-{'[0-9a-f]' * 8}/bin/python"))
     return next((path for path in candidates if path.is_file()), Path(sys.executable))
+
+
+def in_host(part: str, given: list[str], python: Path | None = None) -> dict[str, Any]:
+    """What a part of SCRIPT finds in the host's own interpreter, by default `interpreter(host_folder())`.
+
+    Raises FileNotFoundError without a host or its interpreter; ValueError if the host fails.
+    """
+    host = host_folder()
+    python = (python or interpreter(host)).absolute()  # the host runs in its own folder
+    if not python.is_file():
+        raise FileNotFoundError(f"there is no interpreter at {python}: --python names the one that the host runs in")
+    command = [str(python), "-c", SCRIPT.replace("{}", part), str(PACK), *given]
+    done = subprocess.run(command, cwd=host, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ValueError(f"{command[0]} cannot run ComfyUI at {host}: {last} (--python names another interpreter)")
+    return json.loads(lines[-1].removeprefix("RESULT"))
 
 
 def report(result: dict[str, Any]) -> str:
@@ -72,16 +95,6 @@ def main(python: Path | None = None, runs: int = 7, output: Path = runner.RESULT
     """
     if runs < 7:
         raise ValueError(f"got --runs {runs}; a median and its spread need at least 7")
-    host = host_folder()
-    python = (python or interpreter(host)).absolute()  # the host runs in its own folder
-    if not python.is_file():
-        raise FileNotFoundError(f"there is no interpreter at {python}: --python names the one that the host runs in")
-    command = [str(python), "-c", SCRIPT, str(PACK), str(runs)]
-    done = subprocess.run(command, cwd=host, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    if done.returncode or not lines:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ValueError(f"{command[0]} cannot run ComfyUI at {host}: {last} (--python names another interpreter)")
-    result = json.loads(lines[-1].removeprefix("RESULT"))
+    result = in_host(SAMPLING, [str(runs)], python)
     runner.save("cost", report(result), result, output)
     return result

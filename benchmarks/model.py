@@ -1,7 +1,7 @@
-"""The gates of the embedded model: is it good enough for what is measured on it to mean anything.
+"""The gates of the embedded models: are they good enough for what is measured on them to mean anything.
 
-Each gate is a lower 95 % confidence bound on a mean over clips of test seeds. A gate that is not met is printed as
-FAILED with its true numbers.
+Each gate is a lower 95 % confidence bound on a mean over clips of test seeds; those of the text-to-video model are in
+`text_to_video.py`. A gate that is not met is printed as FAILED with its true numbers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from ..demo.clip import SEEDS, example
+from ..pipelines.dreamix.pipeline import DreamixSettings
 from ..pipelines.evaluation.metrics import colour_transfer, lower_bound, psnr
 from ..pipelines.videoshop.settings import DEFAULT, VideoshopSettings
-from . import runner
+from . import runner, text_to_video
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,13 @@ def judge(rows: list[dict[str, float]]) -> list[dict[str, Any]]:
     return verdicts
 
 
-def report(verdicts: list[dict[str, Any]], rows: list[dict[str, float]], seeds: str) -> str:
+def report(
+    verdicts: list[dict[str, Any]],
+    rows: list[dict[str, float]],
+    shares: list[text_to_video.Share],
+    text_guidance: float,
+    seeds: str,
+) -> str:
     """The gates as a Markdown table, the numbers behind the differences below it."""
 
     def line(verdict: dict[str, Any]) -> list[str]:
@@ -110,13 +117,17 @@ def report(verdicts: list[dict[str, Any]], rows: list[dict[str, float]], seeds: 
         "recolouring, edited region: plain image-to-video": "edit_random",
     }
     details = [[text, runner.mean_sd((row[key] for row in rows), 2)] for text, key in behind.items()]
+    gates = [*map(line, verdicts), *(share.cells() for share in shares if share.verdict)]
     return (
-        f"# Gates of the embedded model\n\n{len(rows)} clips of {seeds} seeds, `rewind benchmark model`. Plain "
+        f"# Gates of the embedded models\n\n{len(rows)} clips of {seeds} seeds, `rewind benchmark model`. Plain "
         f"image-to-video is guided from {GUIDANCE['first_guidance']:g} on the first frame to "
-        f"{GUIDANCE['last_guidance']:g} on the last, Videoshop as it is by default.\n\n"
-        + runner.table(header, map(line, verdicts))
+        f"{GUIDANCE['last_guidance']:g} on the last, Videoshop as it is by default, text-to-video (as many captions "
+        f"that name everything) by {text_guidance:g}; of its shares the bound is Wilson's.\n\n"
+        + runner.table(header, gates)
         + "\n"
         + runner.table(["PSNR to the truth", "dB"], details)
+        + "\n"
+        + runner.table(header[:-1], [share.cells()[:-1] for share in shares if not share.verdict])
     )
 
 
@@ -127,11 +138,20 @@ def main(
     output: Path = runner.RESULTS,
     load: Callable[[], Any] = runner.embedded_pipeline,
     settings: VideoshopSettings = DEFAULT,
+    load_text: Callable[[], Any] = runner.embedded_text_pipeline,
+    text_settings: DreamixSettings = text_to_video.SETTINGS,
 ) -> bool:
     """Measure, print and save; True when every gate is passed."""
     chosen = [SEEDS[seeds] + index for index in range(clips)]
     rows = runner.run(partial(measure, settings=settings), chosen, "gates", workers, load)
-    verdicts = judge(rows)
-    data = {"seeds": seeds, "machine": runner.machine(), "gates": verdicts, "clips": rows}
-    runner.save("model", report(verdicts, rows, seeds), data, output)
-    return all(verdict["passed"] for verdict in verdicts)
+    said = runner.run(
+        partial(text_to_video.measure, settings=text_settings),
+        text_to_video.seeds_of(seeds, clips),
+        "text-to-video gates",
+        workers,
+        load_text,
+    )
+    verdicts, shares = judge(rows), text_to_video.judge(said)
+    data = {"seeds": seeds, "machine": runner.machine(), "gates": verdicts, "clips": rows, "captions": said}
+    runner.save("model", report(verdicts, rows, shares, text_settings.guidance, seeds), data, output)
+    return all(verdict["passed"] for verdict in verdicts) and all(share.verdict != "FAILED" for share in shares)

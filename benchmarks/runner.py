@@ -31,6 +31,17 @@ def embedded_pipeline():
     return VideoshopPipeline(*(part.to(device) for part in load_components()), scaling_factor=SCALING_FACTOR)
 
 
+def embedded_text_pipeline():
+    """The embedded text-to-video model as a DreamixPipeline, on a GPU where there is one."""
+    from ..demo.text import load_text_components
+    from ..pipelines.dreamix.families import TextSVD
+    from ..pipelines.dreamix.pipeline import DreamixPipeline
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    *modules, tokenizer = load_text_components()
+    return DreamixPipeline(TextSVD(*(part.to(device) for part in modules), tokenizer))
+
+
 def default_workers() -> int:
     """One single-threaded process a core, or one process that has the GPU."""
     return 1 if torch.cuda.is_available() else os.cpu_count() or 1
@@ -96,10 +107,12 @@ def _read_kept(kept: Path | None) -> dict[str, Any]:
     """The results of an interrupted run on this machine, code and weights; begins the file where there is none."""
     if kept is None:
         return {}
-    from ..demo.models import WEIGHTS
+    from ..demo.models import TEXT_WEIGHTS, WEIGHTS
 
     code = sorted(file for folder in ("benchmarks", "demo", "pipelines") for file in (PACK / folder).rglob("*.py"))
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in [*code, WEIGHTS] if file.is_file())).hexdigest()
+    digest = hashlib.sha256(
+        b"".join(file.read_bytes() for file in [*code, WEIGHTS, TEXT_WEIGHTS] if file.is_file())
+    ).hexdigest()
     made_by = json.dumps([machine(), digest])
     lines = kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
     if lines[:1] != [made_by]:

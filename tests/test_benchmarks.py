@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_text_video
 import torch
 
-from rewind.benchmarks import cost, editing, model, round_trip, runner, sweep, videoshop
+from rewind.benchmarks import cost, editing, model, round_trip, runner, sweep, text_to_video, videoshop
 from rewind.demo.clip import SEEDS, example
 from rewind.demo.models import ImageToVideoConfig, build_image_encoder, build_unet
+from rewind.pipelines.dreamix.pipeline import DreamixPipeline
 from rewind.pipelines.evaluation.metrics import PSNR_CAP
 from rewind.pipelines.videoshop.pipeline import VideoshopPipeline
 from rewind.pipelines.videoshop.settings import DEFAULT, NAIVE, PAPER, REFERENCE
@@ -43,6 +45,12 @@ def pipeline():
         part.eval().requires_grad_(False) for part in (build_unet(config), build_image_encoder(config))
     )
     return QuickPipeline(unet, None, image_encoder)
+
+
+@pytest.fixture(scope="module")
+def text_pipeline():
+    """The same of the text-to-video model."""
+    return DreamixPipeline(tiny_text_video.family("TextSVD"))
 
 
 def short(settings, steps=4):
@@ -222,11 +230,13 @@ def test_plain_image_to_video_is_guided_as_svd_is_and_videoshop_as_by_default(pi
     assert (DEFAULT.first_guidance, DEFAULT.last_guidance) == (1.0, 1.0)
 
 
-def test_a_failed_gate_is_printed_with_its_true_numbers(pipeline, tmp_path, capsys):
-    passed = model.main(2, "validation", 1, tmp_path, lambda: pipeline, short(DEFAULT, 2))
+def test_a_failed_gate_is_printed_with_its_true_numbers(pipeline, text_pipeline, tmp_path, capsys):
+    load_text, brief = (lambda: text_pipeline), replace(text_to_video.SETTINGS, steps=2)
+    passed = model.main(2, "validation", 1, tmp_path, lambda: pipeline, short(DEFAULT, 2), load_text, brief)
     assert not passed
     text, data = capsys.readouterr().out, json.loads((tmp_path / "model.json").read_text())
-    assert text.count("FAILED") + text.count("PASSED") == len(model.GATES)
+    assert text.count("FAILED") + text.count("PASSED") == len(model.GATES) + 3
+    assert [len(data["captions"]), data["captions"][0]["caption"].count(" on a ")] == [2, 1]
     assert "FAILED" in text and f"{data['gates'][0]['lower_bound']:.2f} dB" in text
     assert [len(data["clips"]), data["gates"][0]["n"]] == [2, 2]
     first = data["clips"][0]
