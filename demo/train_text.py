@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import fields
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ VARIANTS = 4  # captions a clip, each with other words left out
 # a sigma of about 5: more than half of the draws lie there; what is below, the image-to-video model has learnt already.
 P_MEAN, P_STD, WIDE = 1.8, 1.5, 0.1
 UNCONDITIONAL = 0.1  # share of clips with the empty caption, for guidance
+WAY_WEIGHT = 0.5  # of the readers' loss at the start; it falls to nothing
 
 
 @torch.no_grad()
@@ -54,17 +56,62 @@ def make_cache(args, rank: int, device: torch.device) -> None:
         log.info("clips %d to %d", part * 256, part * 256 + 255)
 
 
+class WayReaders(torch.nn.Module):
+    """Linear readers on the UNet's transformers that tell how far each place lies along the caption's direction.
+
+    "Moves right" is a product of three: the direction, the place and the time, of which the diffusion loss shows a
+    network nothing before it has all three. The readers ask for the product of the first two, and of all three, at
+    every place and frame; what they learn is dropped after the training (deep supervision).
+    """
+
+    def __init__(self, unet, tokenizer):
+        from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
+
+        super().__init__()
+        blocks = [module for module in unet.modules() if isinstance(module, TransformerSpatioTemporalModel)]
+        self.readers = torch.nn.ModuleList(torch.nn.Conv2d(block.in_channels, 2, 1) for block in blocks)
+        self.seen: dict[int, Tensor] = {}
+        for index, block in enumerate(blocks):
+            block.register_forward_hook(partial(self._see, index))
+        self.words = torch.tensor([tokenizer.convert_tokens_to_ids(word + "</w>") for word in captions.DIRECTIONS])
+
+    def _see(self, index: int, block, given, output) -> None:
+        self.seen[index] = output[0]
+
+    def loss(self, tokens: Tensor, frames: int) -> Tensor:
+        """Mean squared error on what was seen since the last call. tokens: [n, length], as the network was told."""
+        said = (tokens[:, :, None] == self.words.to(tokens)).any(1)  # [n, 4]
+        angle = said.float().argmax(1) * math.pi / 2
+        losses = []
+        for index, reader in enumerate(self.readers):
+            told = reader(self.seen[index].float()).unflatten(0, (-1, frames))  # [n, T, 2, h, w]
+            y, x = (torch.linspace(-1, 1, side, device=tokens.device) for side in told.shape[-2:])
+            way = angle.cos()[:, None, None] * x[None, None, :] + angle.sin()[:, None, None] * y[None, :, None]
+            time = torch.linspace(-1, 1, frames, device=tokens.device)
+            wanted = torch.stack([way[:, None].expand(-1, frames, -1, -1), time[:, None, None] * way[:, None]], 2)
+            losses.append(((told - wanted) ** 2).mean((1, 2, 3, 4)))
+        self.seen.clear()
+        named = said.any(1).float()
+        return (torch.stack(losses).mean(0) * named).sum() / named.sum().clamp(min=1)
+
+
 def text_to_video_loss(
-    unet, text_encoder, batch: dict[str, Tensor], empty: Tensor, generator: torch.Generator
+    unet,
+    text_encoder,
+    batch: dict[str, Tensor],
+    empty: Tensor,
+    generator: torch.Generator,
+    readers: WayReaders | None = None,
+    way_weight: float = 0.0,
 ) -> Tensor:
     """EDM's loss under a caption. batch: latents [n, T, 4, h, w], mask [n, T, h, w], tokens [n, variants, length];
-    empty: the tokens [length] of the empty caption."""
+    empty: the tokens [length] of the empty caption. way_weight: of the readers' loss besides."""
     z, device = batch["latents"].float(), batch["latents"].device
     n = len(z)
     pick = torch.randint(batch["tokens"].shape[1], (n,), generator=generator).to(device)
-    tokens = batch["tokens"][torch.arange(n), pick].long()
     drop = torch.rand(n, generator=generator).to(device) < UNCONDITIONAL
-    context = text_encoder(torch.where(drop[:, None], empty.to(device), tokens)).last_hidden_state
+    tokens = torch.where(drop[:, None], empty.to(device), batch["tokens"][torch.arange(n), pick].long())
+    context = text_encoder(tokens).last_hidden_state
     added = torch.tensor(ADDED_IDS, device=device).expand(n, -1)
 
     def network(x: Tensor, sigma: Tensor) -> Tensor:
@@ -73,7 +120,8 @@ def text_to_video_loss(
             return unet(model_input, 0.25 * sigma.log(), context, added, return_dict=False)[0].float()
 
     sigma = draw_sigmas(n, generator, P_MEAN, P_STD, WIDE).to(device)
-    return edm_loss(network, z, sigma, batch["mask"].float(), generator, DRIFT_WEIGHT)
+    loss = edm_loss(network, z, sigma, batch["mask"].float(), generator, DRIFT_WEIGHT)
+    return loss if readers is None else loss + way_weight * readers.loss(tokens, z.shape[1])
 
 
 def teach_words(text_encoder, tokenizer, generator: torch.Generator, steps: int = 800, lr: float = 2e-3) -> float:
@@ -112,7 +160,8 @@ def train_text_to_video(args, rank: int, device: torch.device) -> None:
     if not path.exists():
         loss = teach_words(text_encoder, tokenizer, torch.Generator().manual_seed(args.seed))
         log.info("the text encoder reads captions at a loss of %.2f", loss)
-    modules = {"unet": unet.to(device).train(), "text_encoder": text_encoder.to(device)}
+    readers = WayReaders(unet, tokenizer).to(device)
+    modules = {"unet": unet.to(device).train(), "text_encoder": text_encoder.to(device), "readers": readers}
     trainer = Trainer(modules, path, args.lr or 1e-3, args.minutes, rank, steps=args.steps)
     data, empty = load_cache(args.folder / "captioned"), text.tokens(tokenizer, [""])[0]
     network = torch.compile(unet, dynamic=False) if args.compile else unet
@@ -120,7 +169,8 @@ def train_text_to_video(args, rank: int, device: torch.device) -> None:
     while (share := trainer.progress()) < 1:
         index = torch.randint(len(data["latents"]), (args.batch,), generator=generator)
         batch = {key: value[index].to(device) for key, value in data.items()}
-        trainer.update(text_to_video_loss(network, text_encoder, batch, empty, generator), share)
+        weight = WAY_WEIGHT * (1 - share)
+        trainer.update(text_to_video_loss(network, text_encoder, batch, empty, generator, readers, weight), share)
     trainer.save()
 
 
@@ -131,6 +181,6 @@ def export(args, rank: int, device: torch.device) -> None:
     from .keys import text_to_checkpoint
 
     state = torch.load(args.folder / "text_to_video.pt", map_location="cpu")
-    weights = text_to_checkpoint(state["ema"])
+    weights = text_to_checkpoint({name: state["ema"][name] for name in ("unet", "text_encoder")})
     save_file({key: value.half().contiguous() for key, value in weights.items()}, TEXT_WEIGHTS)
     log.info("%s: %.1f MB, %d steps", TEXT_WEIGHTS, TEXT_WEIGHTS.stat().st_size / 1e6, state["step"])

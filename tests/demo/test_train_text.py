@@ -118,7 +118,7 @@ def test_it_starts_from_the_image_to_video_model_and_resumes(folder, monkeypatch
     monkeypatch.setattr(train_text, "teach_words", partial(train_text.teach_words, steps=1))
     run(folder, "text-to-video")
     first = torch.load(folder / "text_to_video.pt")
-    assert first["step"] == 1 and first["raw"].keys() == {"unet", "text_encoder"}
+    assert first["step"] == 1 and first["raw"].keys() == {"unet", "text_encoder", "readers"}
     shipped = load_components(WEIGHTS)[0].state_dict()
     furthest = max(float((first["raw"]["unet"][name] - tensor).abs().max()) for name, tensor in shipped.items())
     assert 0 < furthest < 1e-4, "one step of a warm-up away"
@@ -163,6 +163,29 @@ def test_the_best_network_is_the_same_with_the_drift_weighed(batch):
     plain = {**batch, "mask": torch.zeros_like(batch["mask"])}
     loss = float(train_text.text_to_video_loss(mistaken, text_encoder, plain, EMPTY, generator()))
     assert loss == pytest.approx(1 / (8 * 12 * 12) + DRIFT_WEIGHT / 2, rel=1e-2)
+
+
+def test_the_readers_ask_how_far_along_the_captions_direction_a_place_lies():
+    """No loss for features that tell it; every transformer's features are seen; a caption without a direction asks
+    nothing."""
+    tokenizer, unet = text.load_tokenizer(), build_unet()
+    readers = train_text.WayReaders(unet, tokenizer)
+    tokens = text.tokens(tokenizer, ["a circle moves right", "a circle moves up", "a circle"])
+    with torch.no_grad():
+        unet(torch.zeros(3, 8, 8, 12, 12), torch.zeros(3), torch.zeros(3, 1, 64), torch.zeros(3, 3))
+    shapes = [tuple(readers.seen[i].shape) for i in range(len(readers.readers))]
+    assert all(shape[0] == 3 * 8 for shape in shapes) and {shape[-1] for shape in shapes} == {12, 6}
+    assert float(readers.loss(tokens, 8).detach()) > 0.05 and not readers.seen
+    for i, (_, channels, height, width) in enumerate(shapes):
+        features = torch.zeros(3, 8, channels, height, width)
+        features[0, :, 0] = torch.linspace(-1, 1, width)
+        features[1, :, 0] = -torch.linspace(-1, 1, height)[:, None]
+        features[2] = 99.0  # of the caption that names none
+        features[:2, :, 1] = features[:2, :, 0] * torch.linspace(-1, 1, 8)[:, None, None]
+        readers.seen[i] = features.flatten(0, 1)
+        readers.readers[i].weight.data = torch.eye(2, channels)[:, :, None, None]
+        readers.readers[i].bias.data.zero_()
+    assert float(readers.loss(tokens, 8).detach()) < 1e-10
 
 
 def test_the_moving_averages_are_exported_in_half_precision(folder, monkeypatch):
