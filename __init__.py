@@ -42,7 +42,7 @@ async def comfy_entrypoint():
 
 
 def _nodes() -> list[type]:
-    from .nodes import demo, inspection, preparation, videoshop
+    from .nodes import demo, dreamix, finetuning, inspection, preparation, videoshop
 
     return [
         preparation.VideoshopConditioning,
@@ -53,6 +53,13 @@ def _nodes() -> list[type]:
         preparation.LatentRescale,
         inspection.RoundTripCheck,
         inspection.TrajectoryPlot,
+        dreamix.DreamixPreset,
+        dreamix.DreamixPrompt,
+        dreamix.DreamixCorrupt,
+        dreamix.DreamixCoarseVideo,
+        finetuning.DreamixFineTune,
         demo.DemoImageToVideo,
+        demo.DemoTextToVideo,
         demo.DemoClip,
+        demo.DemoTextEdit,
     ]
