@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 VARIANTS = 4  # captions a clip, each with other words left out
 # ln sigma of the training noise. Words tell where the object is and where it goes only while the noise hides it, above
-# a sigma of about 5: more than half of the draws lie there; what is below, the image-to-video model has learnt already.
-P_MEAN, P_STD, WIDE = 1.8, 1.5, 0.1
+# a sigma of about 5, and its shape below that: the mean falls on the way from the first of these to the second.
+P_MEAN, LAST_P_MEAN, P_STD, WIDE = 1.8, 0.3, 1.5, 0.1
 UNCONDITIONAL = 0.1  # share of clips with the empty caption, for guidance
 WAY_WEIGHT = 0.5  # of the readers' loss at the start; it falls to nothing
 
@@ -101,11 +101,11 @@ def text_to_video_loss(
     batch: dict[str, Tensor],
     empty: Tensor,
     generator: torch.Generator,
+    share: float = 0.0,
     readers: WayReaders | None = None,
-    way_weight: float = 0.0,
 ) -> Tensor:
     """EDM's loss under a caption. batch: latents [n, T, 4, h, w], mask [n, T, h, w], tokens [n, variants, length];
-    empty: the tokens [length] of the empty caption. way_weight: of the readers' loss besides."""
+    empty: the tokens [length] of the empty caption. share: 0..1, of the training that is behind."""
     z, device = batch["latents"].float(), batch["latents"].device
     n = len(z)
     pick = torch.randint(batch["tokens"].shape[1], (n,), generator=generator).to(device)
@@ -119,16 +119,19 @@ def text_to_video_loss(
             model_input = torch.cat([x, torch.zeros_like(x)], 2)
             return unet(model_input, 0.25 * sigma.log(), context, added, return_dict=False)[0].float()
 
-    sigma = draw_sigmas(n, generator, P_MEAN, P_STD, WIDE).to(device)
+    mean = P_MEAN + (LAST_P_MEAN - P_MEAN) * share
+    sigma = draw_sigmas(n, generator, mean, P_STD, WIDE).to(device)
     loss = edm_loss(network, z, sigma, batch["mask"].float(), generator, DRIFT_WEIGHT)
-    return loss if readers is None else loss + way_weight * readers.loss(tokens, z.shape[1])
+    return loss if readers is None else loss + WAY_WEIGHT * (1 - share) * readers.loss(tokens, z.shape[1])
 
 
 def teach_words(text_encoder, tokenizer, generator: torch.Generator, steps: int = 800, lr: float = 2e-3) -> float:
-    """Let a fresh text encoder learn what captions say, before a UNet learns from it; returns the last mean loss.
+    """Teach a fresh text encoder what captions say, before a UNet learns from it; returns the last mean loss.
 
     Linear readers tell each of a caption's words from the mean over its tokens, which is what a cross-attention that
-    has not learnt where to look passes on. They are dropped afterwards.
+    has not learnt where to look passes on. They are dropped afterwards, and the encoder is not trained any more: with
+    the UNet it made room for what the UNet learnt first, the colours, until the direction had a five-hundredth part of
+    the context's variance.
     """
     names = [field.name for field in fields(captions.Words)]
     options = [len(W.COLOURS), len(W.SHAPES), len(captions.DIRECTIONS), len(captions.SPEEDS), len(captions.HUES)]
@@ -161,6 +164,7 @@ def train_text_to_video(args, rank: int, device: torch.device) -> None:
         loss = teach_words(text_encoder, tokenizer, torch.Generator().manual_seed(args.seed))
         log.info("the text encoder reads captions at a loss of %.2f", loss)
     readers = WayReaders(unet, tokenizer).to(device)
+    text_encoder.requires_grad_(False)
     modules = {"unet": unet.to(device).train(), "text_encoder": text_encoder.to(device), "readers": readers}
     trainer = Trainer(modules, path, args.lr or 1e-3, args.minutes, rank, steps=args.steps)
     data, empty = load_cache(args.folder / "captioned"), text.tokens(tokenizer, [""])[0]
@@ -169,8 +173,7 @@ def train_text_to_video(args, rank: int, device: torch.device) -> None:
     while (share := trainer.progress()) < 1:
         index = torch.randint(len(data["latents"]), (args.batch,), generator=generator)
         batch = {key: value[index].to(device) for key, value in data.items()}
-        weight = WAY_WEIGHT * (1 - share)
-        trainer.update(text_to_video_loss(network, text_encoder, batch, empty, generator, readers, weight), share)
+        trainer.update(text_to_video_loss(network, text_encoder, batch, empty, generator, share, readers), share)
     trainer.save()
 
 

@@ -51,6 +51,7 @@ class Trainer:
         fused = self.parameters[0].device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=fused)
         self.step, self.spent, self.history = 0, 0.0, []
+        self.begun = 0  # the step at which the optimizer began
         if path.exists():
             state = torch.load(path, map_location=self.parameters[0].device)
             for name, module in modules.items():
@@ -58,6 +59,7 @@ class Trainer:
             if "optimizer" in state:
                 self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.spent, self.history = state["step"], state["spent"], state["history"]
+            self.begun = state.get("begun", 0) if "optimizer" in state else self.step
             self.ema = state["ema"]
         else:
             self.ema = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in modules.items()}
@@ -78,7 +80,8 @@ class Trainer:
         loss.backward()
         average_gradients(self.parameters)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        lr = self.lr * min(1.0, (self.step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * min(share, 1.0)) + 0.01)
+        warm = min(1.0, (self.step - self.begun + 1) / 100)
+        lr = self.lr * warm * (0.5 + 0.5 * math.cos(math.pi * min(share, 1.0)) + 0.01)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -105,7 +108,7 @@ class Trainer:
         spent = time.time() - self.started
         state = {"raw": raw, "ema": self.ema, "optimizer": self.optimizer.state_dict(), "step": self.step}
         partial = self.path.with_suffix(".partial")
-        torch.save(state | {"spent": spent, "history": self.history}, partial)
+        torch.save(state | {"spent": spent, "history": self.history, "begun": self.begun}, partial)
         partial.replace(self.path)
 
 
