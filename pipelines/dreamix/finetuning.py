@@ -260,13 +260,15 @@ def fine_tune(
     callback: gets each step's dict, {"i", "video", "frames", "loss"}; what it raises (a Cancel) ends the run.
     checkpoints: a folder. A run writes a file of its own there, `dreamix-<fingerprint>.safetensors`, every `every`
     steps and when it is ended early; a later run of the same data and settings goes on from it, as if nothing had
-    happened, and removes it when it is done.
+    happened, and removes it when it is done. A file of more steps than are wanted is left alone.
     Raises ValueError for bad input, or a broken file, before anything is trained.
     """
     run = Run(subject, settings)
     checkpoint = None if checkpoints is None else checkpoints / f"dreamix-{run.fingerprint()[:16]}.safetensors"
     if checkpoint is not None and checkpoint.exists():
         read_checkpoint(checkpoint, run)
+        if run.step > settings.steps:  # of a longer run: it is left for that one
+            run, checkpoint = Run(subject, settings), None
     parameters = list(subject.network.parameters())
     with _grad_off(parameters), run.lora, checkpointed(subject.network, settings.checkpointing):
         try:

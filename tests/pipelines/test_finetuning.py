@@ -277,3 +277,21 @@ def test_a_loss_that_is_not_finite_is_told(svd):
     broken = replace(svd, video=lambda x, sigma: svd.video(x, sigma) * math.inf)
     with pytest.raises(ValueError, match="at step 0: lower the learning rate"):
         fine_tune(broken, SMALL)
+
+
+def test_a_checkpoint_of_more_steps_than_are_wanted_is_left_alone(svd, tmp_path):
+    """A shorter run is not given the longer run's adapters."""
+
+    def stop(step):
+        if step["i"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(svd, replace(SMALL, steps=5), stop, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    before = kept.read_bytes()
+    short = fine_tune(svd, replace(SMALL, steps=2), checkpoints=tmp_path)
+    assert short.losses == fine_tune(svd, replace(SMALL, steps=2)).losses
+    assert kept.read_bytes() == before
+    whole = fine_tune(svd, replace(SMALL, steps=5), checkpoints=tmp_path)
+    assert whole.losses == fine_tune(svd, replace(SMALL, steps=5)).losses and not kept.exists()
