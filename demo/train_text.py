@@ -158,9 +158,14 @@ def teach_words(text_encoder, tokenizer, generator: torch.Generator, steps: int 
 def train_text_to_video(args, rank: int, device: torch.device) -> None:
     torch.manual_seed(args.seed)  # all workers start from the same weights
     unet, text_encoder, tokenizer = build_unet(), text.build_text_encoder(), text.load_tokenizer()
-    unet.load_state_dict(load_components()[0].state_dict())
     path = args.folder / "text_to_video.pt"
-    if not path.exists():
+    if args.start is not None:
+        trained, _, reads, _ = text.load_text_components(args.start)
+        unet.load_state_dict(trained.state_dict())
+        text_encoder.load_state_dict(reads.state_dict())
+    else:
+        unet.load_state_dict(load_components()[0].state_dict())
+    if args.start is None and not path.exists():
         loss = teach_words(text_encoder, tokenizer, torch.Generator().manual_seed(args.seed))
         log.info("the text encoder reads captions at a loss of %.2f", loss)
     readers = WayReaders(unet, tokenizer).to(device)

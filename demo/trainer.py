@@ -157,7 +157,7 @@ def edm_loss(
 
     network: (c_in x, sigma) -> F. clean: latents [n, T, 4, h, w] in model space; sigma: [n]; mask: [n, T, h, w], 0..1.
     drift_weight: of the squared error of the drift besides. The drift is linear in F, so the best F is the same; but of
-    all that the loss sees under much noise, the direction is a thousandth part, and else learnt last or never.
+    all that the loss sees under much noise, the direction is else a thousandth part.
     """
     s = sigma[:, None, None, None, None]
     x = clean + s * torch.randn(clean.shape, generator=generator).to(clean)

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rewind.demo import captions, text, train, train_text
+from rewind.demo.keys import text_to_checkpoint
 from rewind.demo.models import ADDED_IDS, WEIGHTS, build_unet, load_components
 from rewind.demo.trainer import DRIFT_WEIGHT, drift
 from rewind.pipelines.denoiser import edm_scalings
@@ -131,6 +133,31 @@ def test_it_starts_from_the_image_to_video_model_and_resumes(folder, monkeypatch
         if not torch.equal(tensor, first["raw"]["text_encoder"][name])
     ]
     assert not moved and len(second["optimizer"]["state"]) > 0
+
+
+def test_it_goes_on_from_an_exported_file(folder):
+    unet, encoder = build_unet(), text.build_text_encoder()
+    start = folder / "exported.safetensors"
+    save_file(text_to_checkpoint({"unet": unet.state_dict(), "text_encoder": encoder.state_dict()}), start)
+    train.main(
+        [
+            "text-to-video",
+            "--steps",
+            "1",
+            "--batch",
+            "1",
+            "--workers",
+            "1",
+            "--folder",
+            str(folder),
+            "--start",
+            str(start),
+        ]
+    )
+    raw = torch.load(folder / "text_to_video.pt")["raw"]
+    furthest = max(float((raw["unet"][name] - tensor).abs().max()) for name, tensor in unet.state_dict().items())
+    assert 0 < furthest < 1e-4, "one step of a warm-up away"
+    assert all(torch.equal(raw["text_encoder"][name], tensor) for name, tensor in encoder.state_dict().items())
 
 
 def test_the_text_encoder_learns_to_tell_what_captions_say():
