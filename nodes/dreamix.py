@@ -181,7 +181,7 @@ class DreamixCorrupt(io.ComfyNode):
             ),
             io.Float.Input(
                 "s",
-                default=0.85,
+                default=0.9,
                 min=0.0,
                 max=1.0,
                 step=0.01,

@@ -25,7 +25,7 @@ Callback = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class DreamixSettings:
-    """How a clip is edited; the defaults are ours (benchmarks/results/dreamix.md): the paper's are not public.
+    """How a clip is edited; the defaults are ours, tried on a few clips of the embedded model: the paper's are not public.
 
     s: 0..1, the noise, as a time of the paper's schedule (`corruption.noise_to_signal`): 0 keeps the degraded clip, 1
     begins from pure noise. factor, stride, temporal: how the clip is degraded before. steps: of the whole schedule, of
@@ -34,12 +34,12 @@ class DreamixSettings:
     none; scale: how much larger its frames are.
     """
 
-    s: float = 0.85
+    s: float = 0.9
     factor: float = 4.0
     stride: int = 1
     temporal: str = "hold"
     steps: int = 25
-    guidance: float = 3.0
+    guidance: float = 2.0
     negative: str = ""
     token: str = "sks"
     place: str = "before the prompt"
