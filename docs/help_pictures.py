@@ -32,7 +32,7 @@ class Studio:
     def __init__(self, host: Any):
         self.run = host.run_node
         self.figures, self.inspection = host.module("nodes.figures"), host.module("nodes.inspection")
-        self.edits = host.module("demo.world").EDITS
+        self.edits, self.text_edits = host.module("demo.world").EDITS, host.module("demo.text_edits").KINDS
         self.model, self.clip_vision, self.vae = self.run("RewindDemoImageToVideo")
         video, self.edited_frame, self.truth, self.mask = self.run("RewindDemoClip")
         self.clip = video.get_components().images
@@ -75,6 +75,27 @@ class Studio:
     def result(self) -> dict:
         return self.denoised()
 
+    @cached_property
+    def text_models(self) -> tuple:
+        """MODEL, CLIP and VAE of the embedded text-to-video model."""
+        return self.run("RewindDemoTextToVideo")
+
+    @cached_property
+    def text_clip(self) -> tuple:
+        """The clip of the text edit, its prompt with the token, and its caption."""
+        video, prompt, caption, _ = self.run("RewindDemoTextEdit")
+        return video.get_components().images, prompt, caption
+
+    def generated(self, model: Any, positive: Any, seed: int = NOISE_SEED) -> Any:
+        """A clip of the text-to-video model from pure noise, as frames."""
+        _, clip, vae = self.text_models
+        empty = self.run("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(self.clip))[0]
+        negative = self.run("CLIPTextEncode", clip=clip, text="")[0]
+        how = {"seed": seed, "steps": STEPS, "cfg": 3.0, "sampler_name": "euler", "scheduler": "karras"}
+        pair = {"positive": positive, "negative": negative}
+        made = self.run("KSampler", model=model, latent_image=empty, **how, **pair)[0]
+        return self.run("VAEDecode", vae=vae, samples=made)[0]
+
     def decode(self, latent: dict) -> Any:
         return self.run("VAEDecode", vae=self.vae, samples=latent)[0]
 
@@ -98,6 +119,14 @@ def demo_clip(studio: Studio) -> Any:
         ("mask", mask),
         ("edited_frame of the other kinds of edit", _stack(first), kinds),
     )
+
+
+def demo_text_edit(studio: Studio) -> Any:
+    kinds = studio.text_edits
+    made = {kind: studio.run("RewindDemoTextEdit", edit=kind) for kind in kinds}
+    video, _, caption, _ = made[kinds[0]]
+    rows = [(f"true_edit, {kind}: {prompt}", frames) for kind, (_, prompt, _, frames) in made.items()]
+    return studio.sheet((f"clip: {caption}", video.get_components().images), *rows)
 
 
 def demo_models(studio: Studio) -> Any:
@@ -130,6 +159,18 @@ def demo_models(studio: Studio) -> Any:
         )[0]
         rows.append((f"what it makes of it, from random noise (seed {seed})", studio.decode(made)))
     return studio.sheet(*rows)
+
+
+def demo_text_models(studio: Studio) -> Any:
+    model, clip, _ = studio.text_models
+    captions = (
+        "a red circle moves right quickly on a blue background",
+        "a green square moves up slowly on a red background",
+        "a yellow triangle moves left quickly, at night",
+        "a magenta circle moves down slowly on a grey background, striped",
+    )
+    encoded = {text: studio.run("CLIPTextEncode", clip=clip, text=text)[0] for text in captions}
+    return studio.sheet(*((text, studio.generated(model, positive)) for text, positive in encoded.items()))
 
 
 def conditioning(studio: Studio) -> Any:
@@ -232,9 +273,63 @@ def trajectory(studio: Studio) -> Any:
     return _picture(studio.run("RewindTrajectoryPlot", inversion=studio.inverted[3])[0])
 
 
+def corrupted(studio: Studio, **settings: Any) -> Any:
+    model, _, vae = studio.text_models
+    return studio.run("RewindDreamixCorrupt", images=studio.text_clip[0], model=model, vae=vae, **settings)[0]
+
+
+def dreamix_preset(studio: Studio) -> Any:
+    rows = []
+    for kind in ("motion", "style", "object", "background", "animate"):
+        s, factor, stride, *_ = studio.run("RewindDreamixPreset", kind=kind)
+        frames = corrupted(studio, factor=factor, stride=stride)
+        rows.append((f"{kind}: s {s:g}, factor {factor:g}, stride {stride}", frames))
+    return studio.sheet(("the clip", studio.text_clip[0]), *rows)
+
+
+def dreamix_prompt(studio: Studio) -> Any:
+    model, clip, _ = studio.text_models
+    plain = "a shape moves right slowly"
+    _, positive, written = studio.run("RewindDreamixPrompt", clip=clip, prompt=plain)
+    texts = {plain: studio.run("CLIPTextEncode", clip=clip, text=plain)[0], written: positive}
+    return studio.sheet(*((text, studio.generated(model, condition)) for text, condition in texts.items()))
+
+
+def dreamix_corrupt(studio: Studio) -> Any:
+    return studio.sheet(
+        ("the clip", studio.text_clip[0]),
+        *((f"factor {factor:g}", corrupted(studio, factor=factor)) for factor in (2.0, 4.0, 8.0)),
+        ("factor 4, stride 3, held", corrupted(studio, stride=3)),
+        ("factor 4, stride 3, linear", corrupted(studio, stride=3, temporal="linear")),
+    )
+
+
+def dreamix_fine_tune(studio: Studio) -> Any:
+    model, clip, vae = studio.text_models
+    token = studio.run("RewindDreamixPrompt", clip=clip, prompt="")[0]
+    rows = [("the clip", studio.text_clip[0]), ("by the rare word, before", studio.generated(model, token))]
+    for alpha in (0.0, 0.5):
+        tuned = studio.run(
+            "RewindDreamixFineTune", model=model, vae=vae, images=studio.text_clip[0], token=token, alpha=alpha
+        )[0]
+        rows.append((f"by the rare word, after, alpha {alpha:g}", studio.generated(tuned, token)))
+    return studio.sheet(*rows)
+
+
+def dreamix_coarse_video(studio: Studio) -> Any:
+    picture, rows = studio.text_clip[0][:1], []
+    moves = {"zoom out": "white", "pan left": "edge", "turn left": "reflect", "tilt": "white", "roll": "edge"}
+    for move, fill in moves.items():
+        frames = studio.run("RewindDreamixCoarseVideo", image=picture, frames=COLUMNS, move=move, fill=fill)[0]
+        rows.append((f"{move}, {fill}", frames))
+    return studio.sheet(*rows)
+
+
 PICTURES: dict[str, Callable[[Studio], Any]] = {
     "RewindDemoClip.jpg": demo_clip,
+    "RewindDemoTextEdit.jpg": demo_text_edit,
     "RewindDemoImageToVideo.jpg": demo_models,
+    "RewindDemoTextToVideo.jpg": demo_text_models,
     "RewindVideoshopConditioning.jpg": conditioning,
     "RewindLatentNormalize.png": normalise,
     "RewindEDMInversion.jpg": inversion,
@@ -243,6 +338,11 @@ PICTURES: dict[str, Callable[[Studio], Any]] = {
     "RewindLatentRescale.jpg": rescale,
     "RewindRoundTripCheck.jpg": round_trip,
     "RewindTrajectoryPlot.png": trajectory,
+    "RewindDreamixPreset.jpg": dreamix_preset,
+    "RewindDreamixPrompt.jpg": dreamix_prompt,
+    "RewindDreamixCorrupt.jpg": dreamix_corrupt,
+    "RewindDreamixFineTune.jpg": dreamix_fine_tune,
+    "RewindDreamixCoarseVideo.jpg": dreamix_coarse_video,
 }
 
 

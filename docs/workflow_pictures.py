@@ -30,6 +30,7 @@ SURROUNDINGS = 60  # pixels around a node in its own picture: where its wires co
 LIMIT = 250_000  # bytes of a picture
 CARD, TILES = 512, 4  # pixels of a thumbnail, which Templates shows as a square; result frames in a row of it
 DARK = (30, 30, 30)
+DEMOS = {"RewindDemoClip", "RewindDemoTextEdit"}  # a graph that begins with one of them needs no file of the user's
 PLAIN = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False}
 
 
@@ -124,7 +125,7 @@ def draw(names: list[str]) -> None:
             for file in files:
                 page.reset()
                 page.open_file(file)
-                if any(node["type"] == "RewindDemoClip" for node in json.loads(file.read_text())["nodes"]):
+                if any(node["type"] in DEMOS for node in json.loads(file.read_text(encoding="utf-8"))["nodes"]):
                     status = page.run()["status"]
                     if status["status_str"] != "success":
                         raise RuntimeError(f"{file.name}: {status['messages'][-1]}")

@@ -18,6 +18,13 @@ from saved import graphs, misfits
 
 FIXTURES = comfy_host.ROOT / freeze.FIXTURES
 SAVED = sorted(path.relative_to(FIXTURES) for path in FIXTURES.glob("*/*.json"))
+MODELS = {
+    ("ImageOnlyCheckpointLoader", "ckpt_name"): "checkpoints",
+    ("CheckpointLoaderSimple", "ckpt_name"): "checkpoints",
+    ("UNETLoader", "unet_name"): "diffusion_models",
+    ("CLIPLoader", "clip_name"): "text_encoders",
+    ("VAELoader", "vae_name"): "vae",
+}
 UPLOADS = ("image_upload", "video_upload", "audio_upload")
 
 
@@ -37,7 +44,7 @@ def info(host) -> dict:
 
 
 def give_files(host, prompt: dict, info: dict) -> None:
-    """Put there what the user had: the clip, the picture and the checkpoint that the graph names."""
+    """Put there what the user had: the clip, the picture and the models that the graph names."""
     import folder_paths
 
     for node in prompt.values():
@@ -46,8 +53,8 @@ def give_files(host, prompt: dict, info: dict) -> None:
                 value, options = node["inputs"].get(name), rest[0] if rest else {}
                 if not isinstance(value, str):
                     continue
-                if name == "ckpt_name":
-                    folder = Path(folder_paths.get_folder_paths("checkpoints")[0])
+                if kind := MODELS.get((node["class_type"], name)):
+                    folder = Path(folder_paths.get_folder_paths(kind)[0])
                 elif any(options.get(upload) for upload in UPLOADS):
                     folder = Path(folder_paths.get_input_directory())
                 else:

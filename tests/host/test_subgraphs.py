@@ -10,7 +10,8 @@ import torch
 from graph import WIDGETS, flatten, link_ends, to_api
 from results import frames, node_of
 
-BLUEPRINT = comfy_host.ROOT / "subgraphs" / "Videoshop Edit.json"
+FOLDER = comfy_host.ROOT / "subgraphs"
+PARTS = {"Dreamix Edit": 13, "Videoshop Edit": 9}  # of each blueprint
 # What stands in the place of the mask and the colour, and the scaling of a clip of the user's own.
 INPAINTED = {
     ("ImageCompositeMasked Edited first frame", "source"),
@@ -27,26 +28,33 @@ def read(name: str) -> dict:
     return json.loads((comfy_host.ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def test_the_host_lists_the_blueprint(server):
+def blueprint(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_host_lists_the_blueprints(server):
     listed = {
-        number: entry
+        entry["name"]: number
         for number, entry in server.get("/global_subgraphs").items()
         if entry["info"]["node_pack"].endswith(comfy_host.PACK_NAME)
     }
-    assert [entry["name"] for entry in listed.values()] == [BLUEPRINT.stem]
-    data = server.get(f"/global_subgraphs/{next(iter(listed))}")["data"]
-    assert data == BLUEPRINT.read_text(encoding="utf-8")
+    assert sorted(listed) == sorted(file.stem for file in FOLDER.glob("*.json")) == sorted(PARTS)
+    for name, number in listed.items():
+        data = server.get(f"/global_subgraphs/{number}")["data"]
+        assert data == (FOLDER / f"{name}.json").read_text(encoding="utf-8")
 
 
-def test_the_blueprint_knows_its_nodes(server):
-    prompt = to_api(json.loads(BLUEPRINT.read_text(encoding="utf-8")), server.object_info())
-    assert len(prompt) == 9 and all(number.startswith("1:") for number in prompt)
+@pytest.mark.parametrize("name", PARTS)
+def test_the_blueprint_knows_its_nodes(server, name):
+    prompt = to_api(blueprint(name), server.object_info())
+    assert len(prompt) == PARTS[name] and all(number.startswith("1:") for number in prompt)
 
 
-def test_its_nodes_list_every_input(server):
+@pytest.mark.parametrize("name", PARTS)
+def test_its_nodes_list_every_input(server, name):
     """In the page's own order, sockets first: an older page counts on it when it adds a blueprint to a graph."""
     info = server.object_info()
-    (subgraph,) = json.loads(BLUEPRINT.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
+    (subgraph,) = blueprint(name)["definitions"]["subgraphs"]
     for node in subgraph["nodes"]:
         described = info[node["type"]]["input"]
         kinds = {

@@ -65,6 +65,9 @@ def prepare_user(base: Path, **settings: Any) -> None:
     (user / "comfy.settings.json").write_text(json.dumps({**SETTINGS, **settings}))
 
 
+MODEL_FOLDERS = {"UNETLoader": "diffusion_models", "CLIPLoader": "text_encoders", "VAELoader": "vae"}
+
+
 def give_files(base: Path, workflows: Iterable[Path]) -> None:
     """Give the server of folder `base` the files that these workflows load: stand-ins for a user's own clip, pictures
     and checkpoints, so that their graphs open as they do for a user who has them."""
@@ -74,10 +77,10 @@ def give_files(base: Path, workflows: Iterable[Path]) -> None:
                 source = ROOT / "demo" / ("clip.mp4" if node["type"] == "LoadVideo" else "edited.png")
                 (base / "input").mkdir(exist_ok=True)
                 shutil.copy(source, base / "input" / node["widgets_values"][0])
-            elif "CheckpointLoader" in node["type"]:
-                checkpoint = base / "models" / "checkpoints" / node["widgets_values"][0]
-                checkpoint.parent.mkdir(parents=True, exist_ok=True)
-                checkpoint.touch()
+            elif "CheckpointLoader" in node["type"] or node["type"] in MODEL_FOLDERS:
+                folder = base / "models" / MODEL_FOLDERS.get(node["type"], "checkpoints")
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / node["widgets_values"][0]).touch()
 
 
 class ComfyPage:
