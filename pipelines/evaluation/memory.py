@@ -9,7 +9,7 @@ import torch
 
 
 def peak_memory() -> float:
-    """The most that this process has held so far, MiB: the GPU's where there is one; NaN where the system tells none."""
+    """The most that this process has held so far, MiB: the GPU's where there is one, NaN where nobody tells it."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     if sys.platform == "win32":
