@@ -39,7 +39,8 @@ class Clip:
 def check_frames(frames: Tensor, multiple: int = 8, name: str = "clip") -> None:
     """ValueError unless frames are [T >= 1, 3, H, W] in 0..1 with both sides multiples of what the model takes."""
     if frames.ndim != 4 or frames.shape[1] != 3 or len(frames) == 0:
-        raise ValueError(f"got a {name} of shape {tuple(frames.shape)}; it must be [frames, 3, height, width]")
+        shape = tuple(frames.shape)
+        raise ValueError(f"got a {name} of shape {shape}; it must be [frames, 3, height, width], not empty")
     height, width = frames.shape[-2:]
     if height < multiple or width < multiple or height % multiple or width % multiple:
         raise ValueError(
