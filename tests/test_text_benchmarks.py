@@ -158,6 +158,7 @@ def test_shares_are_told_with_an_interval_over_clips():
     assert dreamix.share([], "success") == "-"
 
 
+@pytest.mark.slow
 def test_the_run_prints_every_table_and_saves_its_records(pipeline, tmp_path, capsys):
     dreamix.main(2, "validation", 1, tmp_path, lambda: pipeline, 1, 1, (0, 1), QUICK, BRIEF, cost_runs=0)
     text, data = capsys.readouterr().out, json.loads((tmp_path / "dreamix.json").read_text())
