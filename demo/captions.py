@@ -34,6 +34,15 @@ SLOW, QUICK = (2.0, 3.2), (4.4, 5.8)  # pixels a frame at 96 pixels
 WOBBLE = math.radians(12)  # headings lie within this of their direction
 HUE_WOBBLE = 0.04
 
+OPTIONS = {  # the words of each of a caption's properties
+    "colour": W.COLOURS,
+    "shape": W.SHAPES,
+    "direction": DIRECTIONS,
+    "speed": SPEEDS,
+    "hue": HUES,
+    "style": STYLES,
+}
+
 WORLD = W.World(background=(0.15, 0.32), saturation=(0.30, 0.42), band=0.0, empty=0.0, predictable=1.0)
 
 
@@ -103,10 +112,7 @@ def straight(heading: Tensor, speed: Tensor, world: W.World, where: Tensor) -> T
     heading: [n] radians; speed: [n] pixels a frame; where: [n, 2] in 0..1, the place in the room that the path leaves.
     """
     step = torch.stack([heading.cos(), heading.sin()], -1) * speed[:, None]
-    path = step[:, None] * torch.arange(world.frames)[None, :, None]
-    least, most = path.amin(1), path.amax(1)
-    start = world.margin - least + where * (96 - 2 * world.margin - (most - least)).clamp(min=0)
-    return path + start[:, None]
+    return W.placed(step[:, None] * torch.arange(world.frames)[None, :, None], world, where)
 
 
 def caption(

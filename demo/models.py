@@ -19,11 +19,6 @@ SCALING_FACTOR = 0.18215  # of SVD's latents; the host has it fixed in its SD15 
 PICTURE_MEAN, PICTURE_STD = -0.10, 0.26
 
 
-# fps - 1, motion bucket and augmentation level of the text-to-video model: what the host tells a model of SVD's class
-# for a CONDITIONING that does not speak of them.
-ADDED_IDS = (5.0, 127.0, 0.0)
-
-
 @dataclass(frozen=True)
 class ImageToVideoConfig:
     """Sizes of the tiny SVD. GroupNorm(32) is fixed in both faces: every width is a multiple of 32 and at least 64."""

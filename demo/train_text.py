@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import fields
 from functools import partial
 
 import torch
@@ -17,9 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pipelines.dreamix.families import PLAIN_IDS
 from . import captions, text
 from . import world as W
-from .models import ADDED_IDS, TEXT_WEIGHTS, build_unet, load_components
+from .models import TEXT_WEIGHTS, build_unet, load_components
 from .trainer import DRIFT_WEIGHT, Trainer, draw_sigmas, edm_loss, load_cache, seeded
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def text_to_video_loss(
     drop = torch.rand(n, generator=generator).to(device) < UNCONDITIONAL
     tokens = torch.where(drop[:, None], empty.to(device), batch["tokens"][torch.arange(n), pick].long())
     context = text_encoder(tokens).last_hidden_state
-    added = torch.tensor(ADDED_IDS, device=device).expand(n, -1)
+    added = torch.tensor(PLAIN_IDS, device=device).expand(n, -1)
 
     def network(x: Tensor, sigma: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -133,18 +133,15 @@ def teach_words(text_encoder, tokenizer, generator: torch.Generator, steps: int 
     the UNet it made room for what the UNet learnt first, the colours, until the direction had a five-hundredth part of
     the context's variance.
     """
-    names = [field.name for field in fields(captions.Words)]
-    options = [len(W.COLOURS), len(W.SHAPES), len(captions.DIRECTIONS), len(captions.SPEEDS), len(captions.HUES)]
-    readers = torch.nn.ModuleList(
-        torch.nn.Linear(text_encoder.config.hidden_size, count) for count in (*options, len(captions.STYLES))
-    )
+    width = text_encoder.config.hidden_size
+    readers = torch.nn.ModuleDict({key: torch.nn.Linear(width, len(said)) for key, said in captions.OPTIONS.items()})
     optimizer = torch.optim.AdamW([*text_encoder.parameters(), *readers.parameters()], lr=lr)
     mean = 0.0
     for step in range(steps):
         words = captions.draw_words(64, generator, styled=0.5)
         said = [captions.draw_caption(words, index, generator) for index in range(len(words))]
         read = text_encoder(text.tokens(tokenizer, said)).last_hidden_state.mean(1)
-        losses = [F.cross_entropy(reader(read), getattr(words, name)) for reader, name in zip(readers, names)]
+        losses = [F.cross_entropy(reader(read), getattr(words, key)) for key, reader in readers.items()]
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
         optimizer.zero_grad()

@@ -113,6 +113,16 @@ def background(hue: Tensor, world: World, saturation: Tensor, brightness: Tensor
     return hsv(hue, pale + (strong - pale) * saturation, dark + (light - dark) * brightness)
 
 
+def placed(path: Tensor, world: World, where: Tensor) -> Tensor:
+    """Paths [n, T, 2], in pixels of a 96-pixel frame, moved inside the world's margin.
+
+    where: [n, 2] in 0..1, the place in the room that the path leaves.
+    """
+    least, most = path.amin(1), path.amax(1)
+    start = world.margin - least + where * (96 - 2 * world.margin - (most - least)).clamp(min=0)
+    return path + start[:, None]
+
+
 def sample(
     n: int, generator: torch.Generator, world: World = World(), motion: str = "mixed", editable: bool = False
 ) -> Scene:
@@ -151,9 +161,7 @@ def sample(
     heading = rand(n)[:, None] * 2 * math.pi + turn.cumsum(1) - turn[:, :1]
     step = torch.stack([heading.cos(), heading.sin()], -1) * speed[..., None]
     path = step.cumsum(1) - step  # the first frame at the origin
-    # Place the path so that it stays inside the margin.
-    least, most = path.amin(1), path.amax(1)
-    start = world.margin - least + rand(n, 2) * (96 - 2 * world.margin - (most - least)).clamp(min=0)
+    path = placed(path, world, rand(n, 2))
     return Scene(
         world=world,
         shape=shape,
@@ -164,7 +172,7 @@ def sample(
         background=ends,
         angle=angle,
         texture=texture,
-        position=(path + start[:, None]) * unit,
+        position=path * unit,
         heading=heading,
         predictable=predictable,
         motion_bucket=torch.where(predictable, BUCKET_PER_SPEED * speed_a, torch.tensor(float(UNSPECIFIED_MOTION))),

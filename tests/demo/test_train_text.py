@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from rewind.demo import captions, text, train, train_text
 from rewind.demo.keys import text_to_checkpoint
-from rewind.demo.models import ADDED_IDS, WEIGHTS, build_unet, load_components
+from rewind.demo.models import WEIGHTS, build_unet, load_components
 from rewind.demo.trainer import DRIFT_WEIGHT, drift
 from rewind.pipelines.denoiser import edm_scalings
+from rewind.pipelines.dreamix.families import PLAIN_IDS
 
 
 def generator(seed=0):
@@ -67,7 +68,7 @@ def test_a_text_in_the_place_of_the_picture_as_the_host_gives_it(batch):
     for _ in range(300):
         train_text.text_to_video_loss(unet, text_encoder, batch, EMPTY, draw)
     assert not torch.cat(unet.images).any()
-    assert torch.equal(torch.cat(unet.ids), torch.tensor(ADDED_IDS).expand(300 * N, -1))
+    assert torch.equal(torch.cat(unet.ids), torch.tensor(PLAIN_IDS).expand(300 * N, -1))
     tokens = torch.stack(unet.contexts)[..., 0].long()  # [calls, n, length]
     dropped = (tokens == EMPTY).all(-1)
     assert 0.07 < dropped.float().mean() < 0.13

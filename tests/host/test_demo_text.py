@@ -110,7 +110,7 @@ def test_the_denoisers_are_one(host, ours, theirs, encode):
     model, unet = ours[0], theirs[0]
     x = torch.randn(FRAMES, 4, 12, 12, generator=torch.Generator().manual_seed(4))
     context = headless(host, theirs, PROMPTS[1])
-    added = torch.tensor([host.module("demo.models").ADDED_IDS])
+    added = torch.tensor([host.module("pipelines.dreamix.families").PLAIN_IDS])
     denoiser = host.module("pipelines.videoshop.pipeline").SVDDenoiser(unet, torch.zeros_like(x), context, added)
     for sigma in (40.0, 2.0):
         sampling = host.module("nodes.host.sampling")
