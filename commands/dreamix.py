@@ -22,6 +22,7 @@ from ..demo.clip import FPS
 from ..demo.models import ImageToVideoConfig
 from ..pipelines.dreamix.coarse_video import coarse_video, move
 from ..pipelines.dreamix.corruption import coarse_size, degrade_time, sigmas_from
+from ..pipelines.dreamix.families import model_kind
 from ..pipelines.dreamix.finetuning import FineTuning
 from ..pipelines.dreamix.lora import State, from_diffusers, to_diffusers
 from ..pipelines.dreamix.pipeline import Callback, DreamixPipeline, DreamixResult, DreamixSettings
@@ -77,19 +78,13 @@ def model_facts(model: str | None) -> ModelFacts:
     if model is None:
         own = ImageToVideoConfig()
         return ModelFacts("unet", own.frames, own.size**2, 8 * 2 ** (len(own.unet_channels) - 1), 1, FPS)
-    from diffusers import AutoencoderKLWan, DiffusionPipeline, UNet3DConditionModel, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan, UNet3DConditionModel, WanTransformer3DModel
 
     try:
-        index = DiffusionPipeline.load_config(model)
-        kind = index.get("_class_name")
-        if kind == "TextToVideoSDPipeline":
+        if model_kind(model) == "TextToVideoSDPipeline":
             unet = UNet3DConditionModel.load_config(model, subfolder="unet")
             area = (8 * (unet.get("sample_size") or 32)) ** 2
             return ModelFacts("unet", 16, area, 8 * 2 ** (len(unet["block_out_channels"]) - 1), 1, 8)
-        if kind != "WanPipeline":
-            raise ValueError(f"{model} holds a {kind}; Dreamix takes a WanPipeline or a TextToVideoSDPipeline")
-        if any(index.get("transformer_2") or ()):
-            raise ValueError(f"{model} has two transformers (Wan 2.2, 14B); models with one can be tuned")
         patch = WanTransformer3DModel.load_config(model, subfolder="transformer")["patch_size"][-1]
         vae = AutoencoderKLWan.load_config(model, subfolder="vae").get("scale_factor_spatial") or 8
     except OSError as error:

@@ -20,7 +20,10 @@ from torch import Tensor
 from ..denoiser import EPS, FLOW, NoisePath, V, edm_scalings, karras_sigmas
 from .text import encode_prompts
 
-PLAIN_IDS = (5.0, 127.0, 0.0)  # TextSVD: fps - 1, motion bucket, augmentation, as ComfyUI gives where nobody says else
+# fps - 1, motion bucket and augmentation level of TextSVD: what the host tells a model of SVD's class where a
+# CONDITIONING does not speak of them.
+PLAIN_IDS = (5.0, 127.0, 0.0)
+KINDS = ("WanPipeline", "TextToVideoSDPipeline")  # of diffusers' pipelines
 
 
 class Family:
@@ -212,24 +215,35 @@ class Wan(Family):
         return self.shift * times / (1 + (self.shift - 1) * times)
 
 
+def model_kind(path: str | Path) -> str:
+    """Which of KINDS a model in diffusers' layout is, a local folder or a hub's id, by its index alone.
+
+    Raises ValueError for another kind; OSError where there is no such model.
+    """
+    from diffusers import DiffusionPipeline
+
+    index = DiffusionPipeline.load_config(str(path))
+    name = index.get("_class_name")
+    if name not in KINDS:
+        raise ValueError(f"{path} holds a {name}; Dreamix takes text-to-video models: {', '.join(KINDS)}")
+    if any(index.get("transformer_2") or ()):
+        raise ValueError(f"{path} has two transformers (Wan 2.2, 14B); models with one can be tuned")
+    return name
+
+
 def load_family(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Family:
     """A model in diffusers' layout, a local folder or a hub's id: WanPipeline or TextToVideoSDPipeline.
 
     Raises ValueError for another kind, before any weights are read.
     """
-    from diffusers import DiffusionPipeline, TextToVideoSDPipeline, WanPipeline
+    import diffusers
 
-    name = DiffusionPipeline.load_config(str(path)).get("_class_name")
-    kinds = {"WanPipeline": WanPipeline, "TextToVideoSDPipeline": TextToVideoSDPipeline}
-    if name not in kinds:
-        raise ValueError(f"{path} holds a {name}; Dreamix takes text-to-video models: {', '.join(kinds)}")
-    pipe = kinds[name].from_pretrained(str(path), torch_dtype=dtype).to(device)
+    name = model_kind(path)
+    pipe = getattr(diffusers, name).from_pretrained(str(path), torch_dtype=dtype).to(device)
     network = pipe.transformer if name == "WanPipeline" else pipe.unet
     for module in (network, pipe.vae, pipe.text_encoder):
         module.eval().requires_grad_(False)
     if name == "WanPipeline":
-        if getattr(pipe, "transformer_2", None) is not None:
-            raise ValueError(f"{path} has two transformers (Wan 2.2, 14B); models with one can be tuned")
         shift = float(pipe.scheduler.config.get("flow_shift") or pipe.scheduler.config.get("shift") or 3.0)
         return Wan(network, pipe.vae, pipe.text_encoder, pipe.tokenizer, shift)
     predicts_v = pipe.scheduler.config.get("prediction_type") == "v_prediction"
