@@ -10,6 +10,7 @@ from ..demo.clip import FPS, example
 from ..demo.text_edits import KINDS, TOKEN, text_example
 from ..demo.world import EDITS
 from ..pipelines.videoshop.settings import DEFAULT
+from .host.encoding import as_images
 from .host.models import load_demo_models, load_demo_text_models
 from .host.schema import Schema
 
@@ -114,7 +115,7 @@ class DemoClip(io.ComfyNode):
     @classmethod
     def execute(cls, edit: str, seed: int) -> io.NodeOutput:
         chosen = example(seed, edit)
-        source, target = (frames.movedim(1, -1).contiguous() for frames in (chosen.source, chosen.target))
+        source, target = as_images(chosen.source), as_images(chosen.target)
         video = InputImpl.VideoFromComponents(Types.VideoComponents(images=source, frame_rate=Fraction(DEFAULT.fps)))
         return io.NodeOutput(video, target[:1], target, chosen.region)
 
@@ -167,6 +168,6 @@ class DemoTextEdit(io.ComfyNode):
     @classmethod
     def execute(cls, edit: str, seed: int, token: str) -> io.NodeOutput:
         chosen = text_example(seed, edit)
-        source, target = (frames.movedim(1, -1).contiguous() for frames in (chosen.source, chosen.target))
+        source, target = as_images(chosen.source), as_images(chosen.target)
         video = InputImpl.VideoFromComponents(Types.VideoComponents(images=source, frame_rate=Fraction(FPS)))
         return io.NodeOutput(video, chosen.prompt(token.strip()), chosen.caption, target)

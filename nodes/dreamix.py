@@ -13,7 +13,7 @@ from ..pipelines.dreamix.corruption import TEMPORAL, degrade, sigmas_from
 from ..pipelines.dreamix.presets import PRESETS
 from ..pipelines.dreamix.prompts import PLACES, with_token
 from .host import sampling
-from .host.encoding import check_length, encode_clip
+from .host.encoding import as_images, check_images, check_length, encode_clip
 from .host.schema import ADVANCED, Schema, show_text
 
 CATEGORY = "Rewind/Dreamix"
@@ -21,16 +21,8 @@ CATEGORY = "Rewind/Dreamix"
 
 def as_frames(images: Tensor, name: str) -> Tensor:
     """Images [n, H, W, 3 or 4] as frames [n, 3, H, W] in 0..1, alpha dropped; ValueError for anything else."""
-    if images.ndim != 4 or images.shape[0] == 0 or images.shape[-1] < 3:
-        raise ValueError(f"{name} has shape {tuple(images.shape)}: connect RGB images")
-    if not torch.isfinite(images).all():
-        raise ValueError(f"{name} holds NaN or infinite values")
+    check_images(images, name, "RGB images")
     return images[..., :3].movedim(-1, 1).float().clamp(0, 1)  # some ways to resize go a little beyond
-
-
-def as_images(frames: Tensor) -> Tensor:
-    """Frames [n, 3, H, W] as the host's IMAGE [n, H, W, 3]."""
-    return frames.movedim(1, -1).contiguous()
 
 
 class DreamixPreset(io.ComfyNode):

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..pipelines.videoshop.latents import NORMALISATIONS, augment, normalise, rescale, whiten_condition
 from ..pipelines.videoshop.settings import DEFAULT
 from .host import sampling
+from .host.encoding import check_images
 from .host.schema import ADVANCED, Schema
 
 CATEGORY = "Rewind/Videoshop"
@@ -22,10 +23,7 @@ NORMALISATION = "rewind_normalisation"  # the key under which a LATENT carries h
 def resized(images: Tensor, width: int, height: int, name: str) -> Tensor:
     """Images [n, H, W, 3 or 4] as [n, height, width, 3], the way the host's own node does it: alpha dropped, bilinear,
     cropped around the centre. Raises ValueError for what is not a batch of finite images."""
-    if images.ndim != 4 or images.shape[0] == 0 or images.shape[-1] < 3:
-        raise ValueError(f"{name} has shape {tuple(images.shape)}: connect at least one RGB image")
-    if not torch.isfinite(images).all():
-        raise ValueError(f"{name} holds NaN or infinite values")
+    check_images(images, name)
     # Contiguous, so that a clip with alpha gives the very same numbers as one without.
     pixels = images[..., :3].contiguous().movedim(-1, 1)
     return comfy.utils.common_upscale(pixels, width, height, "bilinear", "center").movedim(1, -1)

@@ -1,10 +1,24 @@
-"""Clips into latents, by any VAE of the host."""
+"""Images of the host checked and turned about, and clips into latents by any of its VAEs."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def check_images(images: Tensor, name: str, wanted: str = "at least one RGB image") -> None:
+    """ValueError for what is not a batch of finite images [n, H, W, 3 or more]."""
+    if images.ndim != 4 or images.shape[0] == 0 or images.shape[-1] < 3:
+        raise ValueError(f"{name} has shape {tuple(images.shape)}: connect {wanted}")
+    if not torch.isfinite(images).all():
+        raise ValueError(f"{name} holds NaN or infinite values")
+
+
+def as_images(frames: Tensor) -> Tensor:
+    """Frames [n, 3, H, W] as the host's IMAGE [n, H, W, 3]."""
+    return frames.movedim(1, -1).contiguous()
 
 
 def is_video_vae(vae: Any) -> bool:

@@ -233,10 +233,15 @@ def guider(model: Any, positive: list, negative: list | None = None, cfg: float 
     return made
 
 
+def latent_axes(model: Any) -> tuple[int, int]:
+    """How many axes, and channels in the second one, the latents of a MODEL have."""
+    latent_format = model.get_model_object("latent_format")
+    return latent_format.latent_dimensions + 2, latent_format.latent_channels
+
+
 def state_of(model: Any, inversion: Inversion) -> Tensor:
     """The inverted latent in the VAE's space, as the guider takes it; ValueError for another kind of model."""
-    latent_format = model.get_model_object("latent_format")
-    dimensions, channels = latent_format.latent_dimensions + 2, latent_format.latent_channels
+    dimensions, channels = latent_axes(model)
     if inversion.latent.ndim != dimensions or inversion.latent.shape[1] != channels:
         raise ValueError(
             f"the inversion holds a latent of shape {tuple(inversion.latent.shape)}, this model takes {channels} "
@@ -297,8 +302,7 @@ def check_latent(model: Any, latent: dict[str, Any]) -> Tensor:
     if samples.numel() == 0:
         raise ValueError(f"got a LATENT of shape {tuple(samples.shape)}: it holds no frames")
     samples = comfy.sample.fix_empty_latent_channels(model, samples)
-    latent_format = model.get_model_object("latent_format")
-    dimensions, channels = latent_format.latent_dimensions + 2, latent_format.latent_channels
+    dimensions, channels = latent_axes(model)
     if samples.ndim != dimensions or samples.shape[1] != channels:
         raise ValueError(
             f"got a LATENT of shape {tuple(samples.shape)}; this model takes {channels} channels in {dimensions} axes: "
@@ -322,26 +326,33 @@ def check_conditioning(model: Any, conditioning: list, samples: Tensor, name: st
         raise ValueError(f"{name} is empty: connect a CONDITIONING")
     svd, with_frame = is_svd(model), takes_first_frame(model)
     width = model.model.model_config.unet_config.get("context_dim") if svd else None
-    for embedding, extra in conditioning:
-        if width is not None and embedding.shape[-1] != width:
-            raise ValueError(
-                f"{name} holds an embedding of width {embedding.shape[-1]}, this MODEL takes {width}: connect the "
-                f"{'CLIP_VISION' if with_frame else 'CLIP'} that came with the MODEL"
-            )
+    check_embeddings(conditioning, name, width, "CLIP_VISION" if with_frame else "CLIP")
+    for _, extra in conditioning:
         image = extra.get("concat_latent_image")
         if with_frame and image is None:
             raise ValueError(f"{name} holds no first frame: connect Videoshop Conditioning or SVD_img2vid_Conditioning")
         if svd and not with_frame and image is not None:
             raise ValueError(f"{name} holds a first frame, but a text alone tells this MODEL: connect CLIP Text Encode")
-        for tensor in (embedding, image):
-            if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} holds NaN or infinite values")
+        if isinstance(image, Tensor) and not torch.isfinite(image).all():
+            raise ValueError(f"{name} holds NaN or infinite values")
         if image is not None and samples.ndim == 4 and image.shape[-2:] != samples.shape[-2:]:
             (h, w), (height, width) = image.shape[-2:], samples.shape[-2:]
             raise ValueError(
                 f"{name} was made for {8 * w} x {8 * h} pixels, the clip is {8 * width} x {8 * height}: "
                 "use the same width and height for both"
             )
+
+
+def check_embeddings(conditioning: list, name: str, width: int | None, source: str) -> None:
+    """ValueError for embeddings that are not finite or, where a width is given, not of it. source: what makes them."""
+    for embedding, _ in conditioning:
+        if width is not None and embedding.shape[-1] != width:
+            raise ValueError(
+                f"{name} holds an embedding of width {embedding.shape[-1]}, this MODEL takes {width}: connect the "
+                f"{source} that came with the MODEL"
+            )
+        if isinstance(embedding, Tensor) and not torch.isfinite(embedding).all():
+            raise ValueError(f"{name} holds NaN or infinite values")
 
 
 def is_svd(model: Any) -> bool:

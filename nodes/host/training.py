@@ -28,8 +28,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from ...pipelines.dreamix.finetuning import FineTuning, Subject, Tuned, fine_tune
 from ...pipelines.dreamix.lora import to_host
 from ...pipelines.dreamix.temporal import architecture
-from .encoding import encode_clip
-from .sampling import check_conditioning, guider, noise_path
+from .encoding import check_images, encode_clip
+from .sampling import check_conditioning, check_embeddings, guider, latent_axes, noise_path
 
 # Peak of memory in training: so many times what autograd would keep of one loss without checkpointing (`Kept`), and a
 # reserve. Measured as growth of the process on a CPU in float32, not on a GPU. On the embedded network at 16 x 24 x 24
@@ -84,14 +84,7 @@ def check_token(model: Any, token: list) -> None:
         raise ValueError("token is empty: connect the token output of Dreamix Prompt")
     network = model.model.diffusion_model
     width = getattr(network, "text_dim", None) or model.model.model_config.unet_config.get("context_dim")
-    for embedding, _ in token:
-        if not torch.isfinite(embedding).all():
-            raise ValueError("token holds NaN or infinite values")
-        if width is not None and embedding.shape[-1] != width:
-            raise ValueError(
-                f"token holds an embedding of width {embedding.shape[-1]}, this MODEL takes {width}: encode it with "
-                "the CLIP that came with the MODEL"
-            )
+    check_embeddings(token, "token", width, "CLIP")
 
 
 def encode(model: Any, vae: Any, images: Tensor, token: list, alpha: float) -> Material:
@@ -99,10 +92,7 @@ def encode(model: Any, vae: Any, images: Tensor, token: list, alpha: float) -> M
 
     Raises ValueError for images or a VAE that cannot be, or a token that was made for another size.
     """
-    if images.ndim != 4 or len(images) == 0 or images.shape[-1] < 3:
-        raise ValueError(f"images has shape {tuple(images.shape)}: connect at least one RGB image")
-    if not torch.isfinite(images).all():
-        raise ValueError("images holds NaN or infinite values")
+    check_images(images, "images")
     if alpha > 0 and len(images) < 2:
         raise ValueError(
             f"got 1 image, and alpha is {alpha:g}, which learns a motion too: connect a clip of at least 2 frames, or "
@@ -132,8 +122,7 @@ def _one_by_one(vae: Any, pixels: Tensor) -> Tensor:
 
 def _check_latents(model: Any, latents: Tensor) -> None:
     """ValueError for what the MODEL does not take."""
-    latent_format = model.get_model_object("latent_format")
-    dimensions, channels = latent_format.latent_dimensions + 2, latent_format.latent_channels
+    dimensions, channels = latent_axes(model)
     if latents.ndim != dimensions or latents.shape[1] != channels:
         raise ValueError(
             f"the VAE gives latents of shape {tuple(latents.shape)}, this MODEL takes {channels} channels in "

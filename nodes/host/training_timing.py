@@ -14,6 +14,7 @@ from torch import Tensor
 from ...demo.text_edits import TOKEN, text_example
 from ...pipelines.dreamix.finetuning import FineTuning
 from ...pipelines.evaluation.memory import peak_memory
+from .encoding import as_images
 from .models import load_demo_text_models
 from .training import Material, train
 
@@ -26,7 +27,7 @@ def measure(alpha: float | None, checkpointing: bool, steps: int) -> dict[str, A
     on every layer, ours on the attention.
     """
     model, clip, vae = load_demo_text_models()
-    latents = vae.encode(text_example(0).source.movedim(1, -1).contiguous())
+    latents = vae.encode(as_images(text_example(0).source))
     token = clip.encode_from_tokens_scheduled(clip.tokenize(TOKEN))
     comfy.model_management.load_models_gpu([model])
     times: list[float] = []
