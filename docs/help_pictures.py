@@ -14,99 +14,16 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from help_studio import COLUMNS, NOISE_SEED, SIZE, STEPS, Studio, picture, stack
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "web" / "docs" / "pictures"
 LIMIT = 60_000  # bytes of a picture
-SIZE, STEPS, COLUMNS, NOISE_SEED = 96, 25, 5, 3
 UNGUIDED = {"first_guidance": 1.0, "last_guidance": 1.0}
 KINDS = ("off", "channel", "frame")  # of normalisation
-
-
-class Studio:
-    """The nodes run one by one on the embedded model, as the workflows wire them; what is shared is made once."""
-
-    def __init__(self, host: Any):
-        self.run = host.run_node
-        self.figures, self.inspection = host.module("nodes.figures"), host.module("nodes.inspection")
-        self.edits, self.text_edits = host.module("demo.world").EDITS, host.module("demo.text_edits").KINDS
-        self.model, self.clip_vision, self.vae = self.run("RewindDemoImageToVideo")
-        video, self.edited_frame, self.truth, self.mask = self.run("RewindDemoClip")
-        self.clip = video.get_components().images
-
-    def conditioning(self, **settings: Any) -> tuple:
-        """Both pairs of conditionings, the clip's latent and the edited frame's."""
-        return self.run(
-            "RewindVideoshopConditioning",
-            clip_vision=self.clip_vision,
-            vae=self.vae,
-            clip=self.clip,
-            edited_frame=self.edited_frame,
-            width=SIZE,
-            height=SIZE,
-            **settings,
-        )
-
-    @cached_property
-    def prepared(self) -> tuple:
-        return self.conditioning()
-
-    @cached_property
-    def sigmas(self) -> Any:
-        return self.run("BasicScheduler", model=self.model, scheduler="karras", steps=STEPS, denoise=1.0)[0]
-
-    @cached_property
-    def inverted(self) -> tuple:
-        """latent, sigmas, noise, inversion with every setting at its default."""
-        positive, latent = self.prepared[0], self.prepared[4]
-        return self.run("RewindEDMInversion", model=self.model, positive=positive, latent=latent, sigmas=self.sigmas)
-
-    def denoised(self, unedited: bool = False, **settings: Any) -> dict:
-        """The inverted clip played again, with the edited frame or without an edit."""
-        positive, negative = self.prepared[:2] if unedited else self.prepared[2:4]
-        inversion = self.inverted[3]
-        pair = {"positive": positive, "negative": negative}
-        return self.run("RewindSVDDenoise", model=self.model, inversion=inversion, **pair, **settings)[0]
-
-    @cached_property
-    def result(self) -> dict:
-        return self.denoised()
-
-    @cached_property
-    def text_models(self) -> tuple:
-        """MODEL, CLIP and VAE of the embedded text-to-video model."""
-        return self.run("RewindDemoTextToVideo")
-
-    @cached_property
-    def text_clip(self) -> tuple:
-        """The clip of the text edit, its prompt with the token, and its caption."""
-        video, prompt, caption, _ = self.run("RewindDemoTextEdit")
-        return video.get_components().images, prompt, caption
-
-    def generated(self, model: Any, positive: Any, seed: int = NOISE_SEED) -> Any:
-        """A clip of the text-to-video model from pure noise, as frames."""
-        _, clip, vae = self.text_models
-        empty = self.run("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(self.clip))[0]
-        negative = self.run("CLIPTextEncode", clip=clip, text="")[0]
-        how = {"seed": seed, "steps": STEPS, "cfg": 3.0, "sampler_name": "euler", "scheduler": "karras"}
-        pair = {"positive": positive, "negative": negative}
-        made = self.run("KSampler", model=model, latent_image=empty, **how, **pair)[0]
-        return self.run("VAEDecode", vae=vae, samples=made)[0]
-
-    def decode(self, latent: dict) -> Any:
-        return self.run("VAEDecode", vae=self.vae, samples=latent)[0]
-
-    def sheet(self, *rows: tuple[str, Any] | tuple[str, Any, Sequence[str]]) -> Any:
-        """Rows of (title, frames) or (title, frames, a caption a frame), in COLUMNS columns spread over the frames."""
-        drawn = []
-        for title, frames, *captions in rows:
-            shown = [round(i * (len(frames) - 1) / (COLUMNS - 1)) for i in range(COLUMNS)]
-            words = captions[0] if captions else [f"frame {i + 1}" for i in range(len(frames))]
-            drawn.append((title, frames[shown], [words[i] for i in shown]))
-        return self.figures.contact_sheet(drawn)
 
 
 def demo_clip(studio: Studio) -> Any:
@@ -117,7 +34,7 @@ def demo_clip(studio: Studio) -> Any:
         ("clip", studio.clip),
         ("true_edit", studio.truth),
         ("mask", mask),
-        ("edited_frame of the other kinds of edit", _stack(first), kinds),
+        ("edited_frame of the other kinds of edit", stack(first), kinds),
     )
 
 
@@ -179,7 +96,7 @@ def conditioning(studio: Studio) -> Any:
     words = [f"level {level:g}" for level in levels]
 
     def seen(output: int) -> Any:
-        return _stack([studio.decode({"samples": outputs[output][0][1]["concat_latent_image"]}) for outputs in made])
+        return stack([studio.decode({"samples": outputs[output][0][1]["concat_latent_image"]}) for outputs in made])
 
     return studio.sheet(("source_positive", seen(0), words), ("edited_positive", seen(2), words))
 
@@ -212,7 +129,7 @@ def inversion(studio: Studio) -> Any:
     way = [visible(inverted.trajectory[i][:1], levels[i]) for i in steps]
     return studio.sheet(
         ("the clip", studio.clip),
-        ("its first frame on the way", _stack(way), [f"sigma {float(levels[i]):.3g}" for i in steps]),
+        ("its first frame on the way", stack(way), [f"sigma {float(levels[i]):.3g}" for i in steps]),
         ("the noise of each frame", visible(inverted.latent.cpu(), levels[-1])),
         ("played again without an edit", studio.decode(studio.denoised(unedited=True, **UNGUIDED))),
     )
@@ -266,11 +183,11 @@ def round_trip(studio: Studio) -> Any:
         vae=studio.vae,
         clip=studio.clip,
     )
-    return _picture(outputs[1])
+    return picture(outputs[1])
 
 
 def trajectory(studio: Studio) -> Any:
-    return _picture(studio.run("RewindTrajectoryPlot", inversion=studio.inverted[3])[0])
+    return picture(studio.run("RewindTrajectoryPlot", inversion=studio.inverted[3])[0])
 
 
 def corrupted(studio: Studio, **settings: Any) -> Any:
@@ -346,19 +263,6 @@ PICTURES: dict[str, Callable[[Studio], Any]] = {
 }
 
 
-def _stack(pictures: Sequence[Any]) -> Any:
-    import torch
-
-    return torch.cat(list(pictures))
-
-
-def _picture(image: Any) -> Any:
-    """An IMAGE of one picture as a Pillow picture."""
-    from PIL import Image
-
-    return Image.fromarray((image[0].clamp(0, 1) * 255).round().byte().numpy())
-
-
 def encoded(picture: Any, suffix: str) -> bytes:
     """The picture as a file below LIMIT, with less detail where noise makes it larger; ValueError where that fails."""
     tries = ((90, 0), (80, 0), (80, 2), (70, 2), (60, 2), (50, 2))  # JPEG's quality and subsampling of colour
@@ -388,9 +292,9 @@ def draw(node_ids: Sequence[str]) -> None:
             raise RuntimeError("the pack did not load")
         studio = Studio(host)
         FOLDER.mkdir(exist_ok=True)
-        for name, picture in PICTURES.items():
+        for name, drawing in PICTURES.items():
             if not node_ids or Path(name).stem in node_ids:
-                content = encoded(picture(studio), Path(name).suffix)
+                content = encoded(drawing(studio), Path(name).suffix)
                 (FOLDER / name).write_bytes(content)
                 print(f"{name}: {len(content) / 1000:.0f} kB", flush=True)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import comfy_host
+import fine_tuning
 import host_state
 import pytest
 import tiny_models
@@ -54,3 +55,22 @@ def trained(host: comfy_host.Host, server: comfy_host.Server) -> bool:
     """Whether the embedded model's trained weights are there; random ones are put in their place otherwise."""
     tiny_models.ensure_weights(host, host.pack)
     return tiny_models.ensure_weights(host, server.base / "custom_nodes" / comfy_host.PACK_NAME)
+
+
+# --- what is fine-tuned -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def svd(host: comfy_host.Host, tmp_path_factory: pytest.TempPathFactory) -> fine_tuning.Setting:
+    return fine_tuning.svd(host, tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def wan(host: comfy_host.Host) -> fine_tuning.Setting:
+    return fine_tuning.wan(host)
+
+
+@pytest.fixture(params=["svd", "wan"])
+def setting(request: pytest.FixtureRequest) -> fine_tuning.Setting:
+    """Each family that can be fine-tuned."""
+    return request.getfixturevalue(request.param)

@@ -14,21 +14,6 @@ from fine_tuning import QUICK, equal
 STEPS = fine_tuning.STEPS
 
 
-@pytest.fixture(scope="module")
-def svd(host, tmp_path_factory):
-    return fine_tuning.svd(host, tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
-def wan(host):
-    return fine_tuning.wan(host)
-
-
-@pytest.fixture(params=["svd", "wan"])
-def setting(request):
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture
 def folder(host):
     """Where the node keeps runs that ended early; empty before and after."""

@@ -9,21 +9,6 @@ import torch
 from fine_tuning import equal
 
 
-@pytest.fixture(scope="module")
-def svd(host, tmp_path_factory):
-    return fine_tuning.svd(host, tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
-def wan(host):
-    return fine_tuning.wan(host)
-
-
-@pytest.fixture(params=["svd", "wan"])
-def setting(request):
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture
 def never(host, monkeypatch):
     """Fails where anything is trained after all."""
