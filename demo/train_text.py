@@ -28,6 +28,9 @@ VARIANTS = 4  # captions a clip, each with other words left out
 # ln sigma of the training noise. Words tell where the object is and where it goes only while the noise hides it, above
 # a sigma of about 5, and its shape below that: the mean falls on the way from the first of these to the second.
 P_MEAN, LAST_P_MEAN, P_STD, WIDE = 1.8, 0.3, 1.5, 0.1
+# Frames of every second step's clips. A clip of any length says its shape once: as many frames in short clips, from the
+# start of each, tell of four times the captions.
+BRIEF = 2
 UNCONDITIONAL = 0.1  # share of clips with the empty caption, for guidance
 WAY_WEIGHT = 0.5  # of the readers' loss at the start; it falls to nothing
 
@@ -125,6 +128,15 @@ def text_to_video_loss(
     return loss if readers is None else loss + WAY_WEIGHT * (1 - share) * readers.loss(tokens, z.shape[1])
 
 
+def draw_clips(data: dict[str, Tensor], count: int, brief: int | None, generator: torch.Generator) -> dict[str, Tensor]:
+    """A batch of `count` whole clips, or of as many frames in clips of their first `brief` frames."""
+    frames = data["latents"].shape[1]
+    kept = brief or frames
+    index = torch.randint(len(data["latents"]), (count * frames // kept,), generator=generator)
+    batch = {key: value[index] for key, value in data.items()}
+    return batch | {key: batch[key][:, :kept] for key in ("latents", "mask")}
+
+
 def teach_words(text_encoder, tokenizer, generator: torch.Generator, steps: int = 800, lr: float = 2e-3) -> float:
     """Teach a fresh text encoder what captions say, before a UNet learns from it; returns the last mean loss.
 
@@ -173,9 +185,11 @@ def train_text_to_video(args, rank: int, device: torch.device) -> None:
     network = torch.compile(unet, dynamic=False) if args.compile else unet
     generator = seeded(args, rank, trainer.step)
     while (share := trainer.progress()) < 1:
-        index = torch.randint(len(data["latents"]), (args.batch,), generator=generator)
-        batch = {key: value[index].to(device) for key, value in data.items()}
-        trainer.update(text_to_video_loss(network, text_encoder, batch, empty, generator, share, readers), share)
+        brief = trainer.step % 2 == 1  # on all workers alike
+        batch = draw_clips(data, args.batch, BRIEF if brief else None, generator)
+        batch = {key: value.to(device) for key, value in batch.items()}
+        taught = None if brief else readers
+        trainer.update(text_to_video_loss(network, text_encoder, batch, empty, generator, share, taught), share)
     trainer.save()
 
 

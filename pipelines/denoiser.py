@@ -9,6 +9,8 @@ denoised estimate comes from the network.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +59,38 @@ COSMOS = NoisePath("ve", rectified=True)
 def EDM(sigma_data: float = 0.5) -> NoisePath:  # noqa: N802
     """EDM's own preconditioning (arXiv 2206.00364, table 1)."""
     return NoisePath("ve", sigma_data=sigma_data)
+
+
+class DiscreteTimes:
+    """The training times 0..n - 1 of a discrete schedule as noise levels, and back.
+
+    alphas: the schedule's cumulative products [n]. The level of a time is k-diffusion's sqrt((1 - alpha) / alpha);
+    between two times ln sigma is interpolated. sigma_range: the lowest and the highest level.
+    """
+
+    def __init__(self, alphas: Tensor):
+        self.log_sigmas = 0.5 * ((1 - alphas.double()) / alphas.double()).log()
+        self.sigma_range = (math.exp(float(self.log_sigmas[0])), math.exp(float(self.log_sigmas[-1])))
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The time of noise levels, of sigma's shape; levels outside the range have that of its ends."""
+        levels = self.log_sigmas.to(sigma.device)
+        wanted = sigma.double().log().clamp(levels[0], levels[-1])
+        above = torch.searchsorted(levels, wanted).clamp(1, len(levels) - 1)
+        low, high = levels[above - 1], levels[above]
+        return (above - 1 + (wanted - low) / (high - low)).float()
+
+
+def discrete_denoised(
+    network: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor, times: DiscreteTimes, path: NoisePath
+) -> Tensor:
+    """The denoised estimate of an EPS or V network that is called as (c_in x, time). x: [B, ...]; sigma: [B]."""
+    s = sigma.float().view(-1, *[1] * (x.ndim - 1))
+    scale = torch.sqrt(s**2 + 1)
+    output = network(x.float() / scale, times.time(sigma)).float()
+    if path.sigma_data is not None:
+        return x.float() / scale**2 - s / scale * output
+    return x.float() - s * output
 
 
 def edm_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

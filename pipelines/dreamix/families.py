@@ -10,69 +10,18 @@ pictures are one-frame clips as a batch: [M, 4, h, w] or [M, C, 1, h, w].
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..denoiser import EPS, FLOW, NoisePath, V, edm_scalings, karras_sigmas
-from .text import encode_prompts
+from ..denoiser import EPS, FLOW, DiscreteTimes, V, discrete_denoised, edm_scalings
+from ..families import Family
 
 # fps - 1, motion bucket and augmentation level of TextSVD: what the host tells a model of SVD's class where a
 # CONDITIONING does not speak of them.
 PLAIN_IDS = (5.0, 127.0, 0.0)
 KINDS = ("WanPipeline", "TextToVideoSDPipeline")  # of diffusers' pipelines
-
-
-class Family:
-    """What the families have in common: the modules, and frames that a 2D VAE takes `chunk` at a time."""
-
-    path: NoisePath = V
-    sigma_range: tuple[float, float] = (0.002, 700.0)
-    stride = 1  # frames that a latent frame stands for, but for the first
-
-    def __init__(self, network: Any, vae: Any, text_encoder: Any, tokenizer: Any, chunk: int = 16):
-        self.network, self.vae, self.text_encoder, self.tokenizer = network, vae, text_encoder, tokenizer
-        self.chunk = chunk
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
-    @property
-    def multiple(self) -> int:
-        """Both sides of a frame are multiples of it: the VAE's factor times the network's."""
-        return 8 * 2 ** (len(self.network.config.block_out_channels) - 1)
-
-    @torch.no_grad()
-    def embed(self, prompts: list[str]) -> Tensor:
-        """The cross-attention context [n, length, width] of prompts."""
-        return encode_prompts(self.tokenizer, self.text_encoder, prompts)
-
-    @torch.no_grad()
-    def encode_pictures(self, frames: Tensor) -> Tensor:
-        """One-frame clips of frames [M, 3, H, W] in 0..1: the posterior's mode, so it is deterministic."""
-        pieces = (2 * frames - 1).to(self.device, self.vae.dtype).split(self.chunk)
-        latents = torch.cat([self.vae.encode(piece).latent_dist.mode() for piece in pieces])
-        return latents.float() * self.vae.config.scaling_factor
-
-    def encode_clip(self, frames: Tensor) -> Tensor:
-        """The clip of frames [T, 3, H, W] in 0..1."""
-        return self.encode_pictures(frames)
-
-    def decode(self, clip: Tensor) -> Tensor:
-        """Frames [T, 3, H, W] in 0..1, on the CPU, of a clip."""
-        raise NotImplementedError
-
-    def denoise(self, x: Tensor, sigma: Tensor, context: Tensor, as_pictures: bool = False) -> Tensor:
-        """The denoised estimate of a clip, or of pictures, each a clip of its own. context: [1, length, width]."""
-        raise NotImplementedError
-
-    def schedule(self, steps: int) -> Tensor:
-        """Noise levels [steps + 1] from the model's highest to 0."""
-        return karras_sigmas(steps, *self.sigma_range).float()
 
 
 class TextSVD(Family):
@@ -106,18 +55,15 @@ class TextSVD(Family):
 
 
 class ModelScope(Family):
-    """UNet3DConditionModel. alphas: the training schedule's cumulative products [n]; predicts_v: its training target.
-
-    The noise level of a time is k-diffusion's sqrt((1 - alpha) / alpha); between two times ln sigma is interpolated.
-    """
+    """UNet3DConditionModel. alphas: the training schedule's cumulative products [n]; predicts_v: what it was taught."""
 
     def __init__(
         self, network, vae, text_encoder, tokenizer, alphas: Tensor, predicts_v: bool = False, chunk: int = 16
     ):
         super().__init__(network, vae, text_encoder, tokenizer, chunk)
-        self.log_sigmas = 0.5 * ((1 - alphas.double()) / alphas.double()).log()
+        self.times = DiscreteTimes(alphas)
         self.path = V if predicts_v else EPS
-        self.sigma_range = (math.exp(float(self.log_sigmas[0])), math.exp(float(self.log_sigmas[-1])))
+        self.sigma_range = self.times.sigma_range
 
     def encode_clip(self, frames: Tensor) -> Tensor:
         return self.encode_pictures(frames)[:, :, 0].movedim(0, 1)[None]
@@ -132,25 +78,14 @@ class ModelScope(Family):
             pixels = torch.cat([self.vae.decode(piece).sample.float().cpu() for piece in pieces])
         return (pixels / 2 + 0.5).clamp(0, 1)
 
-    def time(self, sigma: Tensor) -> Tensor:
-        """The training time, 0..n - 1, of noise levels."""
-        levels = self.log_sigmas.to(sigma.device)
-        wanted = sigma.double().log().clamp(levels[0], levels[-1])
-        above = torch.searchsorted(levels, wanted).clamp(1, len(levels) - 1)
-        low, high = levels[above - 1], levels[above]
-        return (above - 1 + (wanted - low) / (high - low)).float()
-
     def denoise(self, x: Tensor, sigma: Tensor, context: Tensor, as_pictures: bool = False) -> Tensor:
-        s = sigma.float()[:, None, None, None, None]
-        scale = torch.sqrt(s**2 + 1)
         dtype = self.network.dtype
-        model_input = (x.float() / scale).to(dtype)
-        output = self.network(
-            model_input, self.time(sigma), context.to(dtype).expand(len(x), -1, -1), return_dict=False
-        )[0].float()
-        if self.path is V:
-            return x.float() / scale**2 - s / scale * output
-        return x.float() - s * output
+
+        def network(scaled: Tensor, time: Tensor) -> Tensor:
+            told = context.to(dtype).expand(len(x), -1, -1)
+            return self.network(scaled.to(dtype), time, told, return_dict=False)[0]
+
+        return discrete_denoised(network, x, sigma, self.times, self.path)
 
 
 class Wan(Family):

@@ -17,25 +17,23 @@ SVD's own network exactly the error of its output).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import training
 from ..denoiser import NoisePath
-from .checkpoint import read_checkpoint, write_checkpoint
+from ..training import PRECISIONS, State, checkpointed, frozen
 from .corruption import add_noise, sigma_at
-from .lora import TARGETS, LoRA, State, target_layers
-from .temporal import MASKS, architecture, checkpointed, masked
+from .lora import TARGETS, LoRA, target_layers, to_host
+from .temporal import MASKS, architecture, masked
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -76,19 +74,13 @@ class FineTuning:
                 raise ValueError(f'{name} is "{getattr(self, name)}"; it must be one of {", ".join(options)}')
 
 
-@dataclass
+@dataclass(frozen=True)
 class Losses:
     """Of each step: the clip's and the frames' loss (NaN where one is not computed), and their weighted sum."""
 
-    video: list[float] = field(default_factory=list)
-    frames: list[float] = field(default_factory=list)
-    total: list[float] = field(default_factory=list)
-
-    def add(self, video: float, frames: float, total: float) -> None:
-        """Append one step."""
-        self.video.append(video)
-        self.frames.append(frames)
-        self.total.append(total)
+    video: list[float]
+    frames: list[float]
+    total: list[float]
 
 
 @dataclass(frozen=True)
@@ -153,36 +145,19 @@ def denoising_loss(denoiser: Denoiser, clean: Tensor, sigmas: Tensor, path: Nois
     return (loss_weight(sigma, path) * error.flatten(1).mean(1)).mean()
 
 
-@contextmanager
-def _grad_off(parameters: list[Tensor]) -> Iterator[None]:
-    """Weights outside the adapters need no gradients; they are as they were afterwards."""
-    wanted = [p for p in parameters if p.requires_grad]
-    for p in wanted:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in wanted:
-            p.requires_grad_(True)
+class Run(training.Run):
+    """One fine-tuning of adapters, step by step; they must be attached. Its file is a LoRA already."""
 
-
-class Run:
-    """One fine-tuning, step by step. `state` is all that a later run needs to go on as if it had not stopped."""
+    format = "rewind dreamix checkpoint 1"
+    curves = ("video", "frames", "total")
 
     def __init__(self, subject: Subject, settings: FineTuning):
         subject.check(settings.alpha)
-        self.subject, self.settings = subject, settings
+        self.subject = subject
         generator = torch.Generator().manual_seed(settings.seed)
         self.lora = LoRA(target_layers(subject.network, settings.targets), settings.rank, generator)
-        self.all, self.spatial = list(self.lora.parameters()), self.lora.spatial()
-        self.optimizer = torch.optim.AdamW(
-            self.all, lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=settings.weight_decay
-        )
-        dtype = PRECISIONS[settings.precision]
-        device = self.all[0].device.type
-        self.autocast = torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None)
-        self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-        self.losses, self.step = Losses(), 0
+        self.spatial = self.lora.spatial()
+        super().__init__(list(self.lora.parameters()), settings)
 
     def _video_loss(self, generator: torch.Generator) -> float:
         s, clean = self.subject, self.subject.clip
@@ -191,7 +166,7 @@ class Run:
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         with self.autocast:
             loss = denoising_loss(s.video, clean, sigma.expand(len(clean)), s.path, noise)
-        self.scaler.scale(self.settings.alpha * loss).backward(inputs=self.all)
+        self.backward(self.settings.alpha * loss, self.parameters)
         return float(loss.detach())
 
     def _frames_loss(self, generator: torch.Generator) -> float:
@@ -204,48 +179,30 @@ class Run:
         with masked(s.network, self.settings.mask):
             with self.autocast:
                 loss = denoising_loss(s.pictures, clean, sigmas, s.path, noise)
-            self.scaler.scale((1 - self.settings.alpha) * loss).backward(inputs=self.spatial)
+            self.backward((1 - self.settings.alpha) * loss, self.spatial)
         return float(loss.detach())
 
-    def train_step(self) -> dict[str, float]:
-        """One step of both losses; the adapters must be attached. Raises ValueError where a loss is not finite."""
-        settings = self.settings
-        seed = int.from_bytes(hashlib.sha256(f"{settings.seed} {self.step}".encode()).digest()[:7], "big")
-        generator = torch.Generator().manual_seed(seed)  # of this step alone, so that a resumed run draws the same
-        for p in self.all:
-            p.grad = None
-        video = self._video_loss(generator) if settings.alpha > 0 else math.nan
-        frames = self._frames_loss(generator) if settings.alpha < 1 else math.nan
-        total = (settings.alpha * video if settings.alpha > 0 else 0.0) + (
-            (1 - settings.alpha) * frames if settings.alpha < 1 else 0.0
-        )
-        if not math.isfinite(total):
-            raise ValueError(
-                f"the loss is {total} at step {self.step}: lower the learning rate, or use another precision"
-            )
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_([p for p in self.all if p.grad is not None], settings.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, (self.step + 1) / max(1, settings.warm_up))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.losses.add(video, frames, total)
-        self.step += 1
-        return {"i": self.step - 1, "video": video, "frames": frames, "loss": total}
+    def gradients(self, generator: torch.Generator) -> dict[str, float]:
+        alpha = self.settings.alpha
+        video = self._video_loss(generator) if alpha > 0 else math.nan
+        frames = self._frames_loss(generator) if alpha < 1 else math.nan
+        total = (alpha * video if alpha > 0 else 0.0) + ((1 - alpha) * frames if alpha < 1 else 0.0)
+        return {"video": video, "frames": frames, "total": total}
 
-    def fingerprint(self) -> str:
-        """What a checkpoint must have been made with to be gone on with: data, settings but the number of steps, and
-        the network (its layers' names and sizes, and the weights of a few)."""
-        digest = hashlib.sha256()
+    def weights(self) -> State:
+        return to_host(self.lora.state())
+
+    def load(self, weights: State) -> None:
+        self.lora.load({key.removeprefix("diffusion_model."): value for key, value in weights.items()})
+
+    def identity(self) -> Iterator[str | Tensor]:
+        """The data, the settings but the number of steps, and the network: its layers, and the weights of a few."""
         settings = {key: value for key, value in asdict(self.settings).items() if key not in ("steps", "checkpointing")}
-        digest.update(repr(sorted(settings.items())).encode())
+        yield repr(sorted(settings.items()))
         layers = list(self.lora.layers.items())
-        digest.update(repr([(name, layer.in_features, layer.out_features) for name, layer in layers]).encode())
+        yield repr([(name, layer.in_features, layer.out_features) for name, layer in layers])
         samples = [layer.weight for _, layer in layers[:: max(1, len(layers) // 4)]]
-        for tensor in (self.subject.clip, self.subject.frames, *samples):
-            if tensor is not None:
-                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        yield from (tensor for tensor in (self.subject.clip, self.subject.frames, *samples) if tensor is not None)
 
 
 def fine_tune(
@@ -257,32 +214,13 @@ def fine_tune(
 ) -> Tuned:
     """Train adapters; the network itself is bit for bit the same afterwards.
 
-    callback: gets each step's dict, {"i", "video", "frames", "loss"}; what it raises (a Cancel) ends the run.
+    callback: gets each step's dict, {"i", "video", "frames", "total"}; what it raises (a Cancel) ends the run.
     checkpoints: a folder. A run writes a file of its own there, `dreamix-<fingerprint>.safetensors`, every `every`
     steps and when it is ended early; a later run of the same data and settings goes on from it, as if nothing had
     happened, and removes it when it is done. A file of more steps than are wanted is left alone.
     Raises ValueError for bad input, or a broken file, before anything is trained.
     """
-    run = Run(subject, settings)
-    checkpoint = None if checkpoints is None else checkpoints / f"dreamix-{run.fingerprint()[:16]}.safetensors"
-    if checkpoint is not None and checkpoint.exists():
-        read_checkpoint(checkpoint, run)
-        if run.step > settings.steps:  # of a longer run: it is left for that one
-            run, checkpoint = Run(subject, settings), None
-    parameters = list(subject.network.parameters())
-    with _grad_off(parameters), run.lora, checkpointed(subject.network, settings.checkpointing):
-        try:
-            while run.step < settings.steps:
-                step = run.train_step()
-                if checkpoint is not None and run.step % every == 0 and run.step < settings.steps:
-                    write_checkpoint(checkpoint, run)
-                if callback is not None:
-                    callback(step)
-        except BaseException:
-            # The host's Cancel is no Exception. What raised may have left a step half done: `step` counts whole ones.
-            if checkpoint is not None and run.step > 0:
-                write_checkpoint(checkpoint, run)
-            raise
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-    return Tuned(run.lora.state(), run.losses)
+    run, checkpoint = training.begin(lambda: Run(subject, settings), checkpoints, "dreamix")
+    with frozen(subject.network), run.lora, checkpointed(subject.network, settings.checkpointing):
+        training.finish(run, callback, checkpoint, every)
+    return Tuned(run.lora.state(), Losses(**run.losses))

@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import torch.utils.checkpoint
 from torch import nn
 
 MASKS = ("identity", "bypass")
@@ -92,47 +90,3 @@ def masked(network: nn.Module, mask: str = "identity") -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The outermost transformer and residual blocks: what is recomputed as one."""
-    chosen: dict[str, nn.Module] = {}
-    for name, module in network.named_modules():
-        block = any(
-            hasattr(module, part) for part in ("attn1", "self_attn", "in_layers", "conv_shortcut", "time_mixer")
-        )
-        inside = any(name.startswith(outer + ".") for outer in chosen)
-        if name and block and not inside:
-            chosen[name] = module
-    return list(chosen.values())
-
-
-@contextmanager
-def checkpointed(network: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Inside, blocks keep their inputs only and are computed again on the way back: less memory, a third more time.
-
-    Dictionaries among a block's arguments are copied when it is called: the host changes what it passes from block to
-    block, and a second computation must see what the first saw. Only for networks that are the caller's own.
-    """
-    blocks = _blocks(network) if enabled else []
-
-    def recomputed(forward):
-        def call(*args, **kwargs):
-            args = tuple(dict(a) if type(a) is dict else a for a in args)
-            kwargs = {key: dict(a) if type(a) is dict else a for key, a in kwargs.items()}
-            return torch.utils.checkpoint.checkpoint(
-                forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-            )
-
-        return call
-
-    for block in blocks:
-        block.forward = recomputed(block.forward)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward

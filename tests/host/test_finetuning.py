@@ -232,9 +232,9 @@ def test_cancel_leaves_a_file_from_which_the_next_run_goes_on(host, setting, fol
 
 
 def test_a_run_writes_its_file_now_and_then(host, svd, folder, monkeypatch):
-    finetuning = host.module("pipelines.dreamix.finetuning")
+    training = host.module("pipelines.training")
     written = []
-    monkeypatch.setattr(finetuning, "write_checkpoint", lambda path, run: written.append((path.parent, run.step)))
+    monkeypatch.setattr(training, "write_checkpoint", lambda path, run: written.append((path.parent, run.step)))
     svd.tune(host, steps=5, checkpoint_every=2)
     assert written == [(folder, 2), (folder, 4)]
 

@@ -69,11 +69,11 @@ def test_modelscope_denoises_exactly_where_the_network_knows_its_target(predicts
 
 def test_modelscopes_times_lie_on_its_table_and_between():
     family = tiny.family("ModelScope")
-    levels = family.log_sigmas
-    assert torch.allclose(family.time(levels.exp()), torch.arange(1000.0), atol=1e-2)
+    levels = family.times.log_sigmas
+    assert torch.allclose(family.times.time(levels.exp()), torch.arange(1000.0), atol=1e-2)
     middle = (0.5 * (levels[10] + levels[11])).exp()
-    assert family.time(middle[None]).item() == pytest.approx(10.5, abs=1e-2)
-    ends = family.time(torch.tensor([1e-6, 1e6]))
+    assert family.times.time(middle[None]).item() == pytest.approx(10.5, abs=1e-2)
+    ends = family.times.time(torch.tensor([1e-6, 1e6]))
     assert ends.tolist() == pytest.approx([0, 999], abs=1e-3)
 
 
@@ -181,7 +181,7 @@ def test_a_modelscope_folder_is_loaded_with_its_schedule_and_target(tmp_path):
     loaded = load_family(tmp_path)
     assert isinstance(loaded, ModelScope) and loaded.path is V
     alphas = pipe.scheduler.alphas_cumprod.double()
-    assert torch.allclose(loaded.log_sigmas.exp(), ((1 - alphas) / alphas).sqrt())
+    assert torch.allclose(loaded.times.log_sigmas.exp(), ((1 - alphas) / alphas).sqrt())
 
 
 def test_another_kind_is_refused_before_weights_are_read(tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import tiny_text_video as tiny
 import torch
 
-from rewind.pipelines.dreamix.temporal import MASKS, architecture, checkpointed, is_temporal, masked
+from rewind.pipelines.dreamix.temporal import MASKS, architecture, is_temporal, masked
+from rewind.pipelines.training import checkpointed
 
 
 @pytest.fixture(scope="module", params=tiny.NAMES)
