@@ -1,0 +1,113 @@
+"""What a one-shot tuning leaves: the temporal modules and the changes of the query projections, as one file.
+
+Tensors go by the host's names: `<block>.temporal.to_q.weight` and so on, spectral normalisation folded in, and
+`<block>.attn1.to_q.diff`, `<block>.attn2.to_q.diff`, which are added to the model's own weights and which the host's
+LoRA loaders read too. Metadata tells the model's architecture, the settings and the caption.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..training import State
+from .inflation import InflationSettings, architecture, transformer_blocks
+from .stam import TemporalAttention
+
+FORMAT = "rewind ei2 weights 1"
+PREFIX = "diffusion_model."
+QUERIES = ("attn1.to_q", "attn2.to_q")
+
+
+@dataclass(frozen=True)
+class EI2Weights:
+    """Tuned weights in float32 on the CPU. architecture: of the model they were tuned on (`inflation.architecture`)."""
+
+    tensors: State
+    settings: InflationSettings
+    architecture: str
+    caption: str = ""
+    about: dict[str, Any] = field(default_factory=dict)  # how they were tuned, for the record
+
+    def check(self, network: nn.Module) -> None:
+        """ValueError unless they fit a text-to-image UNet, of either face."""
+        wanted = architecture(network)
+        if wanted != self.architecture:
+            raise ValueError(
+                "these EI² weights were tuned on a model of another architecture: they are for "
+                f"{_in_short(self.architecture)}, the model has {_in_short(wanted)}"
+            )
+
+    def temporal(self, network: nn.Module) -> dict[str, TemporalAttention]:
+        """The temporal modules by block, ready for inference, on the CPU; none where there are none."""
+        self.check(network)
+        modules = {}
+        for name, block in transformer_blocks(network).items():
+            start = f"{name}.temporal."
+            own = {key.removeprefix(start): t for key, t in self.tensors.items() if key.startswith(start)}
+            if own:
+                s = self.settings
+                module = TemporalAttention(
+                    block.attn1.to_q.out_features, block.attn1.heads, s.temporal, s.axes, None, True
+                )
+                try:
+                    module.load_state_dict(own)
+                except RuntimeError as error:
+                    raise ValueError(f"these EI² weights are damaged at {name}: {error}") from error
+                modules[name] = module.eval().requires_grad_(False)
+        return modules
+
+    def queries(self) -> State:
+        """The changes of the query projections, by the names of their layers."""
+        return {key.removesuffix(".diff"): t for key, t in self.tensors.items() if key.endswith(".diff")}
+
+
+def _in_short(text: str) -> str:
+    """An architecture as a user may know it."""
+    context, _, blocks = text.partition("; ")
+    widths = [int(block.rpartition(":")[2]) for block in blocks.split()]
+    spread = f" of widths {min(widths)} to {max(widths)}" if widths else ""
+    return f"{len(widths)} blocks{spread}, {context}"
+
+
+def save_weights(path: Path, weights: EI2Weights, dtype: torch.dtype = torch.float16) -> None:
+    """Write them to one safetensors file, whole at any time, in half precision by default."""
+    from safetensors.torch import save_file
+
+    about = {"format": FORMAT, "architecture": weights.architecture, "caption": weights.caption}
+    about |= {"settings": json.dumps(asdict(weights.settings)), "about": json.dumps(weights.about)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    tensors = {PREFIX + key: tensor.to(dtype).contiguous() for key, tensor in weights.tensors.items()}
+    save_file(tensors, partial, metadata=about)
+    partial.replace(path)
+
+
+def load_weights(path: Path) -> EI2Weights:
+    """Read a file of `save_weights`; nothing in it is executed.
+
+    Raises FileNotFoundError where there is none, ValueError for a broken one, or one that holds something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise FileNotFoundError(f"there are no EI² weights at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {key.removeprefix(PREFIX): file.get_tensor(key).float() for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is not a whole safetensors file: {error}") from error
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{path.name} holds no EI² weights: give a file that EI² Save Weights or `rewind ei2` wrote")
+    try:
+        settings = InflationSettings(**json.loads(about["settings"]))
+        more = json.loads(about["about"])
+        return EI2Weights(tensors, settings, about["architecture"], about["caption"], more)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path.name} was written by another version of Rewind, or is damaged: {error}") from error
