@@ -12,7 +12,8 @@ without meaning, of which a caption in five has one: a model that knows such wor
 fine-tuning.
 
 The clips differ from the world of the image-to-video model in what words must be able to tell: straight motion along
-one of four directions, and backgrounds of a hue that can be seen.
+one of four directions, backgrounds of a hue that can be seen, and shapes half as large again, five places of the
+latents wide: at three and a half the model knew the words but drew circles and squares alike.
 """
 
 from __future__ import annotations
@@ -43,7 +44,15 @@ OPTIONS = {  # the words of each of a caption's properties
     "style": STYLES,
 }
 
-WORLD = W.World(background=(0.15, 0.32), saturation=(0.30, 0.42), band=0.0, empty=0.0, predictable=1.0)
+WORLD = W.World(
+    radius=(17.0, 26.0),
+    margin=25.0,
+    background=(0.15, 0.32),
+    saturation=(0.30, 0.42),
+    band=0.0,
+    empty=0.0,
+    predictable=1.0,
+)
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,16 @@ from . import world as W
 
 # Lengths are in pixels of a 96-pixel frame, brightness in 0..1.
 FAINT = 0.08  # mean of the three channels above the background's from which a pixel may belong to an object
-LEAST_AREA = 110  # pixels of an object that is there; the smallest has 230, its band left out
-REACH = 26  # an object's pixels lie within this of its densest place: what is farther off is another one
+LEAST_AREA = 150  # pixels of an object that is there; the smallest has 740, two thirds of them outside a band
+REACH = 32  # an object's pixels lie within this of its densest place: what is farther off is another one
 DULL = 0.15  # saturation of a background below which it is grey
 GREY_VALUE = 0.76  # brightness of a grey background, of what a coloured one with the same words has
 DARK = 0.13  # brightness below which it is night
 BAND_CONTRAST = 0.35  # a band is seen where the object's contrast there is below this share of the rest's
 STILL = 0.5  # pixels a frame below which nothing moves, and has no direction
-RADII = tuple(range(10, 21, 2))  # pixels; the nearest is enough to tell shapes apart
+RADII = tuple(range(10, 27, 2))  # pixels; the nearest is enough to tell shapes apart
 TURNS = 36  # headings that drawings are made of
-PATCH = 53  # side of the drawings
+PATCH = 65  # side of the drawings
 
 
 @dataclass(frozen=True)
