@@ -1,7 +1,7 @@
 """The gates of the embedded models: are they good enough for what is measured on them to mean anything.
 
-Each gate is a lower 95 % confidence bound on a mean over clips of test seeds; those of the text-to-video model are in
-`text_to_video.py`. A gate that is not met is printed as FAILED with its true numbers.
+Each gate is a lower 95 % confidence bound on a mean over clips of test seeds; those of the text models are in
+`text_to_video.py` and `text_to_image.py`. A gate that is not met is printed as FAILED with its true numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..demo.clip import SEEDS, example
 from ..pipelines.dreamix.pipeline import DreamixSettings
 from ..pipelines.evaluation.metrics import colour_transfer, lower_bound, psnr
 from ..pipelines.videoshop.settings import DEFAULT, VideoshopSettings
-from . import runner, text_to_video
+from . import runner, text_to_image, text_to_video
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,13 @@ def report(
     verdicts: list[dict[str, Any]],
     rows: list[dict[str, float]],
     shares: list[text_to_video.Share],
-    text_guidance: float,
+    guidances: tuple[float, float],
     seeds: str,
 ) -> str:
-    """The gates as a Markdown table, the numbers behind the differences below it."""
+    """The gates as a Markdown table, the numbers behind the differences below it.
+
+    shares: of the text models; guidances: those of text-to-video and text-to-image.
+    """
 
     def line(verdict: dict[str, Any]) -> list[str]:
         unit = f" {verdict['unit']}".rstrip()
@@ -122,7 +125,8 @@ def report(
         f"# Gates of the embedded models\n\n{len(rows)} clips of {seeds} seeds, `rewind benchmark model`. Plain "
         f"image-to-video is guided from {GUIDANCE['first_guidance']:g} on the first frame to "
         f"{GUIDANCE['last_guidance']:g} on the last, Videoshop as it is by default, text-to-video (as many captions "
-        f"that name everything) by {text_guidance:g}; of its shares the bound is Wilson's.\n\n"
+        f"that name everything) by {guidances[0]:g}, text-to-image ({text_to_image.PICTURES} times as many, without "
+        f"motion) by {guidances[1]:g}; of their shares the bound is Wilson's.\n\n"
         + runner.table(header, gates)
         + "\n"
         + runner.table(["PSNR to the truth", "dB"], details)
@@ -140,6 +144,8 @@ def main(
     settings: VideoshopSettings = DEFAULT,
     load_text: Callable[[], Any] = runner.embedded_text_pipeline,
     text_settings: DreamixSettings = text_to_video.SETTINGS,
+    load_image: Callable[[], Any] = runner.embedded_image_model,
+    image_settings: text_to_image.Sampling = text_to_image.SETTINGS,
 ) -> bool:
     """Measure, print and save; True when every gate is passed."""
     chosen = [SEEDS[seeds] + index for index in range(clips)]
@@ -151,7 +157,16 @@ def main(
         workers,
         load_text,
     )
-    verdicts, shares = judge(rows), text_to_video.judge(said)
-    data = {"seeds": seeds, "machine": runner.machine(), "gates": verdicts, "clips": rows, "captions": said}
-    runner.save("model", report(verdicts, rows, shares, text_settings.guidance, seeds), data, output)
+    drawn = runner.run(
+        partial(text_to_image.measure, settings=image_settings),
+        text_to_image.seeds_of(seeds, clips),
+        "text-to-image gates",
+        workers,
+        load_image,
+    )
+    verdicts, shares = judge(rows), [*text_to_video.judge(said), *text_to_image.judge(drawn)]
+    data = {"seeds": seeds, "machine": runner.machine(), "gates": verdicts, "clips": rows}
+    data |= {"captions": said, "pictures": drawn}
+    guidances = (text_settings.guidance, image_settings.guidance)
+    runner.save("model", report(verdicts, rows, shares, guidances, seeds), data, output)
     return all(verdict["passed"] for verdict in verdicts) and all(share.verdict != "FAILED" for share in shares)

@@ -42,6 +42,16 @@ def embedded_text_pipeline():
     return DreamixPipeline(TextSVD(*(part.to(device) for part in modules), tokenizer))
 
 
+def embedded_image_model():
+    """The embedded text-to-image model as EI²'s TextToImage, on a GPU where there is one."""
+    from ..demo.text_to_image import alphas_cumprod, load_image_components
+    from ..pipelines.ei2.family import TextToImage
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    *modules, tokenizer = load_image_components()
+    return TextToImage(*(part.to(device) for part in modules), tokenizer, alphas_cumprod())
+
+
 def default_workers() -> int:
     """One single-threaded process a core, or one process that has the GPU."""
     return 1 if torch.cuda.is_available() else os.cpu_count() or 1
@@ -107,11 +117,11 @@ def _read_kept(kept: Path | None) -> dict[str, Any]:
     """The results of an interrupted run on this machine, code and weights; begins the file where there is none."""
     if kept is None:
         return {}
-    from ..demo.models import TEXT_WEIGHTS, WEIGHTS
+    from ..demo.models import IMAGE_WEIGHTS, TEXT_WEIGHTS, WEIGHTS
 
     code = sorted(file for folder in ("benchmarks", "demo", "pipelines") for file in (PACK / folder).rglob("*.py"))
     digest = hashlib.sha256(
-        b"".join(file.read_bytes() for file in [*code, WEIGHTS, TEXT_WEIGHTS] if file.is_file())
+        b"".join(file.read_bytes() for file in [*code, WEIGHTS, TEXT_WEIGHTS, IMAGE_WEIGHTS] if file.is_file())
     ).hexdigest()
     made_by = json.dumps([machine(), digest])
     lines = kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []

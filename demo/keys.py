@@ -1,6 +1,7 @@
-"""The table between diffusers' names and the ComfyUI/SGM checkpoint layout of Stable Video Diffusion, both ways.
+"""The tables between diffusers' names and the ComfyUI/SGM checkpoint layout, both ways: Stable Video Diffusion's and
+Stable Diffusion 1.5's.
 
-The table is built from the architecture's sizes, name by name, and is a bijection (held by a test): every tensor of
+A table is built from the architecture's sizes, name by name, and is a bijection (held by a test): every tensor of
 diffusers' UNet and VAE has exactly one place in the checkpoint, and none is left over. Two remarks:
 
 - attention in the VAE is a linear layer in diffusers and a 1x1 convolution in the checkpoint: the same numbers with two
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .models import ImageToVideoConfig
+from .text_to_image import TextToImageConfig
 
 UNET_PREFIX, VAE_PREFIX, CLIP_PREFIX = "model.diffusion_model.", "first_stage_model.", "conditioner.embedders.0."
 TEXT_PREFIX, TEXT_MODEL = "cond_stage_model.transformer.", "text_model."
@@ -48,20 +50,29 @@ def _both(table: Table, theirs: str, ours: str) -> None:
     table[f"{theirs}.weight"], table[f"{theirs}.bias"] = f"{ours}.weight", f"{ours}.bias"
 
 
-def _resnet(table: Table, theirs: str, ours: str, widens: bool) -> None:
+def _image_resnet(table: Table, theirs: str, ours: str, widens: bool) -> None:
     for a, b in _RESNET.items():
-        _both(table, f"{theirs}.spatial_res_block.{a}", f"{ours}.{b}")
-        _both(table, f"{theirs}.temporal_res_block.{a}", f"{ours}.time_stack.{b}")
+        _both(table, f"{theirs}.{a}", f"{ours}.{b}")
     if widens:
-        _both(table, f"{theirs}.spatial_res_block.conv_shortcut", f"{ours}.skip_connection")
+        _both(table, f"{theirs}.conv_shortcut", f"{ours}.skip_connection")
+
+
+def _resnet(table: Table, theirs: str, ours: str, widens: bool) -> None:
+    _image_resnet(table, f"{theirs}.spatial_res_block", ours, widens)
+    for a, b in _RESNET.items():
+        _both(table, f"{theirs}.temporal_res_block.{a}", f"{ours}.time_stack.{b}")
     table[f"{theirs}.time_mixer.mix_factor"] = f"{ours}.time_mixer.mix_factor"
 
 
-def _attention(table: Table, theirs: str, ours: str) -> None:
+def _image_attention(table: Table, theirs: str, ours: str) -> None:
     for layer in ("norm", "proj_in", "proj_out"):
         _both(table, f"{theirs}.{layer}", f"{ours}.{layer}")
     for name in _BLOCK:
         table[f"{theirs}.transformer_blocks.0.{name}"] = f"{ours}.transformer_blocks.0.{name}"
+
+
+def _attention(table: Table, theirs: str, ours: str) -> None:
+    _image_attention(table, theirs, ours)
     for name in _TEMPORAL_BLOCK:
         table[f"{theirs}.temporal_transformer_blocks.0.{name}"] = f"{ours}.time_stack.0.{name}"
     for a, b in (("linear_1", "0"), ("linear_2", "2")):
@@ -94,6 +105,39 @@ def unet_table(config: ImageToVideoConfig = ImageToVideoConfig()) -> Table:
             _attention(table, f"up_blocks.{i}.attentions.{j}", f"output_blocks.{2 * i + j}.1")
         if i < levels - 1:
             _both(table, f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{2 * i + 1}.2.conv")
+    _both(table, "conv_norm_out", "out.0")
+    _both(table, "conv_out", "out.2")
+    return table
+
+
+def image_unet_table(config: TextToImageConfig = TextToImageConfig()) -> Table:
+    """Names of the text-to-image UNet -> names under `model.diffusion_model.`; one ResNet a level, the last level
+    without attention."""
+    table: Table = {}
+    _both(table, "conv_in", "input_blocks.0.0")
+    for a, b in (("linear_1", "0"), ("linear_2", "2")):
+        _both(table, f"time_embedding.{a}", f"time_embed.{b}")
+    widths = config.unet_channels
+    last = len(widths) - 1
+    for i in range(last + 1):
+        theirs, ours = f"down_blocks.{i}", f"input_blocks.{1 + 2 * i}"
+        _image_resnet(table, f"{theirs}.resnets.0", f"{ours}.0", i > 0 and widths[i] != widths[i - 1])
+        if i < last:
+            _image_attention(table, f"{theirs}.attentions.0", f"{ours}.1")
+            _both(table, f"{theirs}.downsamplers.0.conv", f"input_blocks.{2 + 2 * i}.0.op")
+    for i in range(2):
+        _image_resnet(table, f"mid_block.resnets.{i}", f"middle_block.{2 * i}", False)
+    _image_attention(table, "mid_block.attentions.0", "middle_block.1")
+    for i in range(last + 1):
+        theirs = f"up_blocks.{i}"
+        for j in range(2):
+            ours = f"output_blocks.{2 * i + j}"
+            _image_resnet(table, f"{theirs}.resnets.{j}", f"{ours}.0", True)  # a skip is concatenated
+            if i > 0:
+                _image_attention(table, f"{theirs}.attentions.{j}", f"{ours}.1")
+        if i < last:
+            place = 2 if i > 0 else 1  # behind the attention, where there is one
+            _both(table, f"{theirs}.upsamplers.0.conv", f"output_blocks.{2 * i + 1}.{place}.conv")
     _both(table, "conv_norm_out", "out.0")
     _both(table, "conv_out", "out.2")
     return table
@@ -222,3 +266,16 @@ def text_from_checkpoint(
     unet_names = {ours: theirs for theirs, ours in unet_table(config).items()}
     text = {name.removeprefix(TEXT_MODEL): tensor for name, tensor in parts["text_encoder"].items()}
     return {"unet": _rename(parts["unet"], unet_names, "UNet"), "text_encoder": text}
+
+
+def image_to_checkpoint(unet: dict[str, Tensor], config: TextToImageConfig = TextToImageConfig()) -> dict[str, Tensor]:
+    """A checkpoint of the text-to-image UNet's state dict alone; ValueError for another UNet's."""
+    return {UNET_PREFIX + name: tensor for name, tensor in _rename(unet, image_unet_table(config), "UNet").items()}
+
+
+def image_from_checkpoint(
+    checkpoint: dict[str, Tensor], config: TextToImageConfig = TextToImageConfig()
+) -> dict[str, Tensor]:
+    """The state dict for diffusers; the inverse of `image_to_checkpoint`."""
+    names = {ours: theirs for theirs, ours in image_unet_table(config).items()}
+    return _rename(split_checkpoint(checkpoint)["unet"], names, "UNet")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 WEIGHTS = Path(__file__).with_name("rewind_demo_svd.safetensors")
 TEXT_WEIGHTS = Path(__file__).with_name("rewind_demo_t2v.safetensors")
+IMAGE_WEIGHTS = Path(__file__).with_name("rewind_demo_t2i.safetensors")
 SCALING_FACTOR = 0.18215  # of SVD's latents; the host has it fixed in its SD15 latent format
 # The first three latent channels are held near (the eight times smaller picture in -1..1 - mean) / deviation in
 # training, which gives the encoder a start, keeps colour linear and leaves the fourth for detail. Affine, so that the

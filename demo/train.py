@@ -8,6 +8,8 @@
     python -m rewind.demo.train captioned               render, encode and caption the text models' clips once
     python -m rewind.demo.train text-to-video           the video UNet from the shipped one, and its text encoder
     python -m rewind.demo.train export-text             their safetensors file
+    python -m rewind.demo.train text-to-image           the image UNet, on frames of the captioned clips
+    python -m rewind.demo.train export-text-to-image    its safetensors file
 
 Every command resumes from its own checkpoint in --folder (weights, moving average, optimizer, step) and saves on the
 way. On a CPU it runs one single-threaded worker a core, with the gradients averaged each step; on a GPU one worker.
@@ -26,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import train_text
+from . import train_image, train_text
 from . import world as W
 from .models import (
     PICTURE_MEAN,
@@ -258,6 +260,8 @@ COMMANDS = {
     "captioned": train_text.make_cache,
     "text-to-video": train_text.train_text_to_video,
     "export-text": train_text.export,
+    "text-to-image": train_image.train_text_to_image,
+    "export-text-to-image": train_image.export_image,
 }
 
 
@@ -281,9 +285,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=5120)
     parser.add_argument("--stills", action="store_true", help="the decoder's phase on single frames instead of clips")
     parser.add_argument(
-        "--compile", action="store_true", help="text-to-video: a third faster after minutes of compiling"
+        "--compile", action="store_true", help="text models: faster after minutes of compiling (text-to-video: a third)"
     )
-    parser.add_argument("--batch", type=int, default=4, help="clips a worker and step")
+    parser.add_argument("--batch", type=int, default=4, help="clips a worker and step; text-to-image: 8 pictures each")
     parser.add_argument("--lr", type=float, default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=None, help="default: one a core, one on a GPU, one to export")

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_text_image
 import tiny_text_video
 import torch
 
-from rewind.benchmarks import cost, editing, model, round_trip, runner, sweep, text_to_video, videoshop
+from rewind.benchmarks import cost, editing, model, round_trip, runner, sweep, text_to_image, text_to_video, videoshop
 from rewind.demo.clip import SEEDS, example
 from rewind.demo.models import ImageToVideoConfig, build_image_encoder, build_unet
 from rewind.pipelines.dreamix.pipeline import DreamixPipeline
@@ -231,12 +232,14 @@ def test_plain_image_to_video_is_guided_as_svd_is_and_videoshop_as_by_default(pi
 
 
 def test_a_failed_gate_is_printed_with_its_true_numbers(pipeline, text_pipeline, tmp_path, capsys):
-    load_text, brief = (lambda: text_pipeline), replace(text_to_video.SETTINGS, steps=2)
-    passed = model.main(2, "validation", 1, tmp_path, lambda: pipeline, short(DEFAULT, 2), load_text, brief)
+    by_text = (lambda: text_pipeline), replace(text_to_video.SETTINGS, steps=2)
+    of_images = tiny_text_image.family, text_to_image.Sampling(steps=2)
+    passed = model.main(2, "validation", 1, tmp_path, lambda: pipeline, short(DEFAULT, 2), *by_text, *of_images)
     assert not passed
     text, data = capsys.readouterr().out, json.loads((tmp_path / "model.json").read_text())
-    assert text.count("FAILED") + text.count("PASSED") == len(model.GATES) + 3
+    assert text.count("FAILED") + text.count("PASSED") == len(model.GATES) + 3 + 2
     assert [len(data["captions"]), data["captions"][0]["caption"].count(" on a ")] == [2, 1]
+    assert [len(data["pictures"]), data["pictures"][0]["caption"].count("moves")] == [2 * text_to_image.PICTURES, 0]
     assert "FAILED" in text and f"{data['gates'][0]['lower_bound']:.2f} dB" in text
     assert [len(data["clips"]), data["gates"][0]["n"]] == [2, 2]
     first = data["clips"][0]

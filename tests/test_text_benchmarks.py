@@ -1,4 +1,4 @@
-"""The benchmarks of the text-to-video model measure what they say they measure."""
+"""The benchmarks of the text models measure what they say they measure."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import tiny_text_image
 import tiny_text_video
 import torch
 
-from rewind.benchmarks import cost, dreamix, dreamixing, text_to_video
+from rewind.benchmarks import cost, dreamix, dreamixing, statistics, text_to_image, text_to_video
 from rewind.demo import captions
 from rewind.demo import world as W
 from rewind.demo.text_edits import KINDS, SEEDS, VARIANTS
@@ -101,6 +102,74 @@ def test_a_clip_is_generated_from_noise_alone(pipeline):
     assert one.shape == (8, 3, 96, 96) and torch.equal(one, again) and not torch.equal(one, other)
 
 
+class DrawingPictures:
+    """In place of a text-to-image model: whatever the latents, the caption's picture, which may be wrong."""
+
+    device = "cpu"
+
+    def __init__(self, seed, wrong=(), present=True):
+        self.seed, self.wrong, self.present, self.prompts, self.noise = seed, wrong, present, [], []
+
+    def embed(self, prompts):
+        self.prompts += prompts
+        return torch.zeros(1, 1, 1)
+
+    def schedule(self, steps):
+        return torch.linspace(14.6, 0, steps + 1)
+
+    def denoise(self, x, sigma, context):
+        self.noise.append(float(x.std() / sigma[0]))
+        return torch.zeros_like(x)
+
+    def decode(self, latents):
+        assert latents.shape == (1, 4, 12, 12)
+        words = captions.draw_words(1, torch.Generator().manual_seed(self.seed), styled=0.0)
+        changes = {name: (getattr(words, name) + 1) % 3 for name in self.wrong}
+        scene = captions.scenes(replace(words, **changes), torch.Generator().manual_seed(self.seed))
+        return W.render(replace(scene, present=torch.tensor([self.present])))[0][0, 3:4]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "seen"), [((), ()), (("colour",), ("colour",)), (("shape", "hue"), ("shape", "background"))]
+)
+def test_the_gates_see_what_the_picture_shows(wrong, seen):
+    model = DrawingPictures(SEED, wrong)
+    row = text_to_image.measure(model, SEED, text_to_image.Sampling(steps=2))
+    assert {key for key in text_to_image.READ if not row[key]} == set(seen)
+    assert model.prompts == [row["caption"], ""] and row["caption"].startswith("a ")
+    assert not set(row["caption"].split()) & {"moves", *captions.DIRECTIONS, *captions.SPEEDS}
+    assert len(model.noise) == 2 * 2 and model.noise[0] == pytest.approx(1, abs=0.1), "from noise alone, guided"
+
+
+def test_an_empty_picture_is_right_in_nothing_but_the_background():
+    row = text_to_image.measure(DrawingPictures(SEED, present=False), SEED, text_to_image.Sampling(steps=2))
+    assert [key for key in text_to_image.READ if row[key]] == ["background"]
+
+
+def test_nine_of_ten_pictures_must_be_right_beyond_doubt():
+    rows = [dict.fromkeys(text_to_image.READ, True) | {"shape": i < 239, "colour": i < 238} for i in range(256)]
+    shares = {share.key: share for share in text_to_image.judge(rows)}
+    assert {key: share.verdict for key, share in shares.items()} == {
+        "colour": "FAILED",
+        "shape": "PASSED",
+        "background": "",
+        "object": "",
+    }
+    assert shares["colour"].right / 256 > 0.92 and shares["shape"].cells()[:2] == [
+        "text-to-image: the caption's shape",
+        "0.9",
+    ]
+    seeds = text_to_image.seeds_of("test", 64)
+    assert len(set(seeds)) == 256 and seeds[0] == SEEDS["test"]
+
+
+def test_a_picture_is_generated_from_noise_alone():
+    model, settings = tiny_text_image.family(), text_to_image.Sampling(steps=2)
+    one, again, other = (text_to_image.generate(model, "a red circle", seed, settings) for seed in (1, 1, 2))
+    assert one.shape == (1, 3, 96, 96) and torch.equal(one, again) and not torch.equal(one, other)
+    assert not torch.equal(one, text_to_image.generate(model, "a blue square", 1, settings))
+
+
 # --- the edits --------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +186,7 @@ def test_each_method_tunes_once_a_clip_and_run_and_edits_all(pipeline):
     assert all("sks" not in prompt for prompt, *_ in knowing.asked)
 
     def rates(name, key):
-        return {kind: dreamix.per_clip(dreamix.of(records, name, kind), key) for kind in KINDS}
+        return {kind: statistics.per_clip(dreamix.of(records, name, kind), key) for kind in KINDS}
 
     everywhere, nowhere = dict.fromkeys(KINDS, [1.0, 1.0]), dict.fromkeys(KINDS, [0.0, 0.0])
     assert rates(dreamix.MIXED, "success") == everywhere
@@ -149,9 +218,9 @@ def test_the_margin_is_paired_and_its_bound_says_whether_it_is_noise():
 
 def test_shares_are_told_with_an_interval_over_clips():
     records = [{"seed": seed, "success": met} for seed, met in ((1, 1), (1, 0), (2, 1), (2, 1), (3, 0), (3, 1))]
-    assert dreamix.per_clip(records, "success") == [0.5, 1.0, 0.5]
+    assert statistics.per_clip(records, "success") == [0.5, 1.0, 0.5]
     # Student's t of 2 degrees of freedom is 4.30: 0.667 +- 4.30 * 0.2887 / sqrt(3), cut to shares.
-    low, high = dreamix.interval([0.5, 1.0, 0.5])
+    low, high = statistics.interval([0.5, 1.0, 0.5])
     assert (low + high) / 2 == pytest.approx(2 / 3) and (high - low) / 2 == pytest.approx(0.717, abs=0.06)
     assert dreamix.share(records, "success") == "0.67 (0.00 to 1.00)"
     assert dreamix.share(records[:2], "success") == "0.50"

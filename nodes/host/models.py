@@ -1,9 +1,9 @@
 """The embedded models in the host's own classes.
 
 The host tells models apart by the sizes of the released ones, so the tiny models are built here by hand: their UNets
-from a configuration of the host's SVD class, their VAE from the host's encoder and temporal decoder, the image encoder
-from the host's CLIP vision class, the text encoder from its CLIP of Stable Diffusion. All in float32, whatever the
-device: the models are tiny, and their answers are known ones.
+from a configuration of the host's SVD or SD 1.5 class, their VAE from the host's encoder and temporal decoder, the
+image encoder from the host's CLIP vision class, the text encoder from its CLIP of Stable Diffusion. All in float32,
+whatever the device: the models are tiny, and their answers are known ones.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
 from torch import Tensor
 
 from ...demo.keys import split_checkpoint
-from ...demo.models import PICTURE_MEAN, PICTURE_STD, TEXT_WEIGHTS, WEIGHTS, ImageToVideoConfig
+from ...demo.models import IMAGE_WEIGHTS, PICTURE_MEAN, PICTURE_STD, TEXT_WEIGHTS, WEIGHTS, ImageToVideoConfig
 from ...demo.text import TOKENIZER, TextConfig
+from ...demo.text_to_image import TextToImageConfig
 
 Weights = dict[str, Tensor]
 
@@ -52,6 +53,18 @@ def load_demo_text_models(path: Path = TEXT_WEIGHTS, vae_path: Path = WEIGHTS) -
     return load_demo_unet(path, config, by_text=True), clip, vae
 
 
+def load_demo_image_models(
+    path: Path = IMAGE_WEIGHTS, text_path: Path = TEXT_WEIGHTS, vae_path: Path = WEIGHTS
+) -> tuple[Any, Any, Any]:
+    """The embedded text-to-image model as (MODEL, CLIP, VAE); FileNotFoundError where weights are missing.
+
+    Its CLIP is the text-to-video model's and its VAE the image-to-video model's, from those models' files.
+    """
+    model = load_demo_image_unet(path, TextToImageConfig())
+    vae = build_vae(_read(vae_path)["vae"], ImageToVideoConfig())
+    return model, build_clip(_read(text_path)["text_encoder"]), vae
+
+
 def load_demo_unet(path: Path, config: ImageToVideoConfig, by_text: bool = False, disable_dynamic: bool = False) -> Any:
     """The MODEL alone. The host calls this too, to make a copy of its own (training, several GPUs, weight hooks).
 
@@ -59,6 +72,13 @@ def load_demo_unet(path: Path, config: ImageToVideoConfig, by_text: bool = False
     """
     patcher = build_model(_read(path)["unet"], config, by_text)
     patcher.cached_patcher_init = (load_demo_unet, (path, config, by_text))
+    return patcher
+
+
+def load_demo_image_unet(path: Path, config: TextToImageConfig, disable_dynamic: bool = False) -> Any:
+    """The text-to-image MODEL alone; the host calls it as it calls `load_demo_unet`."""
+    patcher = build_image_model(_read(path)["unet"], config)
+    patcher.cached_patcher_init = (load_demo_image_unet, (path, config))
     return patcher
 
 
@@ -101,6 +121,31 @@ def unet_settings(config: ImageToVideoConfig) -> dict[str, Any]:
     }
 
 
+def image_unet_settings(config: TextToImageConfig) -> dict[str, Any]:
+    """What the host's detection would say of the text-to-image UNet."""
+    widths = config.unet_channels
+    attending = len(widths) - 1  # the last level has no attention
+    return {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": widths[0],
+        "num_res_blocks": [1] * len(widths),
+        "channel_mult": [width // widths[0] for width in widths],
+        "transformer_depth": [1] * attending + [0],
+        "transformer_depth_output": [1] * (2 * attending) + [0, 0],
+        "transformer_depth_middle": 1,
+        "use_linear_in_transformer": False,
+        "context_dim": config.context,
+        "adm_in_channels": None,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "use_temporal_resblock": False,
+        "use_temporal_attention": False,
+        "dtype": torch.float32,
+    }
+
+
 class PictureLatent(comfy.latent_formats.SD15):
     """Stable Diffusion's latents with the embedded VAE's colours: three channels of it are a small picture already."""
 
@@ -129,7 +174,21 @@ def build_model(weights: Weights, config: ImageToVideoConfig, by_text: bool = Fa
         latent_format = PictureLatent
         rewind_by_text = by_text
 
-    settings = TinySVD(unet_settings(config))
+    return _patcher(TinySVD(unet_settings(config)), weights)
+
+
+def build_image_model(weights: Weights, config: TextToImageConfig) -> Any:
+    """A MODEL of the host's SD 1.5 class (EPS, discrete times) from the UNet's weights in the checkpoint's names."""
+
+    class TinySD15(comfy.supported_models.SD15):
+        unet_extra_config = {"num_heads": config.heads, "num_head_channels": -1}
+        latent_format = PictureLatent
+
+    return _patcher(TinySD15(image_unet_settings(config)), weights)
+
+
+def _patcher(settings: Any, weights: Weights) -> Any:
+    """A MODEL of a host's configuration, in float32, with the UNet's weights."""
     settings.set_inference_dtype(torch.float32, None)
     model = settings.get_model({}, "", device=comfy.model_management.unet_offload_device())
     model.diffusion_model.load_state_dict(weights)

@@ -6,6 +6,9 @@ import torch
 from rewind.demo.keys import (
     QUANT_CONV,
     from_checkpoint,
+    image_from_checkpoint,
+    image_to_checkpoint,
+    image_unet_table,
     split_checkpoint,
     text_from_checkpoint,
     text_to_checkpoint,
@@ -15,6 +18,7 @@ from rewind.demo.keys import (
 )
 from rewind.demo.models import ImageToVideoConfig, build_image_encoder, build_unet, build_vae
 from rewind.demo.text import build_text_encoder
+from rewind.demo.text_to_image import TextToImageConfig, build_image_unet
 
 
 @pytest.fixture(scope="module", params=[(64, 128), (64, 128, 128)], ids=str)
@@ -80,3 +84,37 @@ def test_another_unet_is_refused_with_a_text_encoder_too(config, text_parts):
     without = {name: t for name, t in text_parts["unet"].items() if name != "conv_in.weight"}
     with pytest.raises(ValueError, match="UNet.*missing.*conv_in.weight"):
         text_to_checkpoint(text_parts | {"unet": without}, config)
+
+
+# --- text to image ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[(64, 128, 128), (64, 64), (64, 128, 128, 192)], ids=str)
+def image_config(request):
+    return TextToImageConfig(unet_channels=request.param)
+
+
+@pytest.fixture(scope="module")
+def image_unet(image_config):
+    torch.manual_seed(2)
+    return build_image_unet(image_config).state_dict()
+
+
+def test_the_image_unets_table_is_a_bijection_onto_distinct_names(image_config, image_unet):
+    table = image_unet_table(image_config)
+    assert set(table) == set(image_unet) and len(set(table.values())) == len(table)
+
+
+def test_the_image_unet_goes_there_and_back(image_config, image_unet):
+    checkpoint = image_to_checkpoint(image_unet, image_config)
+    assert len(checkpoint) == len(image_unet)
+    assert all(name.startswith("model.diffusion_model.") for name in checkpoint)
+    back = image_from_checkpoint(checkpoint, image_config)
+    assert back.keys() == image_unet.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in image_unet.items())
+
+
+def test_another_image_unet_is_refused(image_config, image_unet):
+    without = {name: tensor for name, tensor in image_unet.items() if name != "conv_in.weight"}
+    with pytest.raises(ValueError, match="UNet.*missing.*conv_in.weight"):
+        image_to_checkpoint(without, image_config)

@@ -52,7 +52,7 @@ def encode(host, ours):
 
 def headless(host, theirs, *prompts):
     _, _, text_encoder, tokenizer = theirs
-    return host.module("pipelines.dreamix.text").encode_prompts(tokenizer, text_encoder, list(prompts))
+    return host.module("pipelines.text").encode_prompts(tokenizer, text_encoder, list(prompts))
 
 
 # --- the text encoder ------------------------------------------------------------------------------------------------

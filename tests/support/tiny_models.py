@@ -76,6 +76,17 @@ def text_checkpoint(host: Any, seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: tensor.half().float() for name, tensor in keys.text_to_checkpoint(parts).items()}
 
 
+def image_checkpoint(host: Any, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights of the embedded text-to-image UNet in its checkpoint's layout, of diffusers' class."""
+    text_to_image, keys = host.module("demo.text_to_image"), host.module("demo.keys")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = text_to_image.build_image_unet().state_dict()
+    for name in ("conv_out.weight", "conv_out.bias"):
+        unet[name] = unet[name] * 0.15
+    return {name: tensor.half().float() for name, tensor in keys.image_to_checkpoint(unet).items()}
+
+
 def save_weights(weights: dict[str, torch.Tensor], file: Path) -> Path:
     """Write weights as they are shipped, in half precision; the file."""
     import safetensors.torch
@@ -84,15 +95,17 @@ def save_weights(weights: dict[str, torch.Tensor], file: Path) -> Path:
     return file
 
 
-def ensure_weights(host: Any, pack: Path) -> bool:
-    """Put random weights where the pack looks for trained ones, where those are missing; whether all are real."""
-    real = True
-    for name, make in (("rewind_demo_svd", checkpoint), ("rewind_demo_t2v", text_checkpoint)):
-        file = pack / "demo" / f"{name}.safetensors"
+WEIGHTS = {"rewind_demo_svd": checkpoint, "rewind_demo_t2v": text_checkpoint, "rewind_demo_t2i": image_checkpoint}
+VIDEO = ("rewind_demo_svd", "rewind_demo_t2v")
+
+
+def ensure_weights(host: Any, pack: Path, asked: tuple[str, ...] = VIDEO) -> bool:
+    """Put random weights where the pack looks for trained ones, where those are missing; whether the asked are real."""
+    files = {name: pack / "demo" / f"{name}.safetensors" for name in WEIGHTS}
+    for name, file in files.items():
         if not file.exists():
-            save_weights(make(host), file).with_suffix(".random").touch()
-        real = real and not file.with_suffix(".random").exists()
-    return real
+            save_weights(WEIGHTS[name](host), file).with_suffix(".random").touch()
+    return not any(files[name].with_suffix(".random").exists() for name in asked)
 
 
 def svd(host: Any) -> Any:
