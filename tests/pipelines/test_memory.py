@@ -1,5 +1,8 @@
 """The peak of a process's memory."""
 
+import subprocess
+import sys
+
 import torch
 
 from rewind.pipelines.evaluation.memory import peak_memory
@@ -12,3 +15,11 @@ def test_the_peak_grows_with_what_is_held_and_stays():
     assert during - before > 100
     del held
     assert peak_memory() >= during
+
+
+def test_a_process_does_not_begin_at_what_its_parent_holds():
+    held = torch.ones(int(peak_memory() + 500) * 2**18)
+    code = "from rewind.pipelines.evaluation.memory import peak_memory; print(peak_memory())"
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300).stdout
+    assert float(told) < peak_memory() - 100
+    del held
