@@ -1,4 +1,4 @@
-"""The command `rewind`: its parser, the demonstration, the benchmarks. What it does to a user's files: `commands/`."""
+"""The command `rewind`: the demonstration, the benchmarks, its parser. What it does to a user's files: `commands/`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from typing import Any, NoReturn
 
 from torch import OutOfMemoryError
 
-from .commands.dreamix import KINDS, run_dreamix
-from .commands.edit import PRESETS, load_pipeline, run_edit
+from .commands.arguments import add_dreamix, add_edit, add_ei2
+from .commands.edit import load_pipeline
 from .commands.files import say
 from .demo.world import EDITS
-from .pipelines.dreamix.coarse_video import MOVES
-from .pipelines.dreamix.temporal import MASKS
 from .pipelines.evaluation.metrics import colour_transfer, psnr
 from .pipelines.video import contact_sheet, read_image, read_video, write_image, write_video
 from .pipelines.videoshop.settings import DEFAULT
@@ -108,6 +106,20 @@ def benchmark_dreamix(args: argparse.Namespace, common: dict[str, Any]) -> int:
     return 0
 
 
+def benchmark_ei2(args: argparse.Namespace, common: dict[str, Any]) -> int:
+    """`rewind benchmark ei2`, which takes hours: all is checked before."""
+    from .benchmarks import ei2
+
+    runs = ei2.RUNS if args.runs is None else args.runs
+    steps = ei2.TUNING.steps if args.steps is None else args.steps
+    for name, value, least in (("runs", runs, 1), ("steps", steps, 1), ("timed-runs", args.timed_runs, 0)):
+        if value < least:
+            raise ValueError(f"got --{name} {value}; it must be at least {least}")
+    own = {"runs": runs, "steps": steps, "timed_runs": args.timed_runs}
+    ei2.main(args.clips or ei2.CLIPS, args.seeds or "test", **own, **common)
+    return 0
+
+
 def run_benchmark(args: argparse.Namespace) -> int:
     """`rewind benchmark`."""
     from .benchmarks import cost, model, round_trip, sweep, videoshop
@@ -120,6 +132,8 @@ def run_benchmark(args: argparse.Namespace) -> int:
         return 0
     if args.what == "dreamix":
         return benchmark_dreamix(args, common)
+    if args.what == "ei2":
+        return benchmark_ei2(args, common)
     if args.what == "model":
         passed = model.main(args.clips or 64, args.seeds or "test", **common)
         return int(args.strict and not passed)
@@ -137,11 +151,6 @@ def run_benchmark(args: argparse.Namespace) -> int:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    return int(width), int(height)
-
-
 class Parser(argparse.ArgumentParser):
     """Tells bad input in one line."""
 
@@ -149,104 +158,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"rewind: {message} (see {self.prog} --help)\n")
 
 
-def add_edit(commands: Any) -> None:
-    edit = commands.add_parser("edit", help="carry the edit of a clip's first frame through the clip")
-    edit.add_argument("clip", type=Path, metavar="CLIP.mp4")
-    edit.add_argument("edited", type=Path, metavar="EDITED.png", help="the clip's first frame after your edit")
-    edit.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mp4")
-    edit.add_argument(
-        "--model",
-        help="Stable Video Diffusion in diffusers' layout: a folder or a hub's id (default: the embedded model)",
-    )
-    edit.add_argument(
-        "--preset", choices=PRESETS, default="default", help="settings to start from (default: %(default)s)"
-    )
-    edit.add_argument("--steps", type=int, help="of the schedule; more return the clip more exactly")
-    edit.add_argument("--strength", type=float, help="0..1: higher leaves the edit more room, lower keeps the source")
-    edit.add_argument("--refine", type=int, help="repetitions of each inversion step: a more exact round trip")
-    edit.add_argument(
-        "--guidance",
-        type=float,
-        nargs=2,
-        metavar=("FIRST", "LAST"),
-        help="of the first and the last frame; 1 1 is none",
-    )
-    edit.add_argument("--frames", type=int, help="use so many, from the start (default: the model's own number)")
-    edit.add_argument(
-        "--size", type=size, metavar="WxH", help="of the result (default: the model's area, the clip's shape)"
-    )
-    edit.add_argument(
-        "--fps", type=int, help="resample the clip to it and tell the model (default: every frame as it is)"
-    )
-    edit.add_argument("--motion-bucket", type=int, help="how much motion the model is told of")
-    edit.add_argument("--seed", type=int, default=0)
-    edit.add_argument("--force", action="store_true", help="overwrite the output")
-    edit.set_defaults(run=run_edit)
-
-
-def move_name(text: str) -> str:
-    """The move as it is listed; on the command line a hyphen may stand for its space."""
-    return text.replace("-", " ")
-
-
-def add_dreamix(commands: Any) -> None:
-    dreamix = commands.add_parser("dreamix", help="edit a clip, animate a picture or film a subject, by a prompt")
-    dreamix.add_argument("clip", type=Path, nargs="+", metavar="CLIP.mp4", help="or pictures, see the tasks")
-    dreamix.add_argument("-p", "--prompt", required=True, help="what the result shows")
-    dreamix.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mp4")
-    dreamix.add_argument(
-        "--model",
-        help="Wan or ModelScope (text to video) in diffusers' layout: folder or hub's id (default: the embedded model)",
-    )
-    dreamix.add_argument("--frames", type=int, help="of the result (default: the model's own number)")
-    dreamix.add_argument("--size", type=size, metavar="WxH", help="of the result (default: the model's, as the input)")
-    dreamix.add_argument("--fps", type=int, help="resample the clip to it; of pictures, the result's")
-    dreamix.add_argument("--seed", type=int, default=0)
-    dreamix.add_argument("--force", action="store_true", help="overwrite what is written")
-    add_dreamix_task(dreamix)
-    add_dreamix_sampling(dreamix.add_argument_group("the edit", "defaults: as the task and --kind have them"))
-    add_dreamix_tuning(dreamix.add_argument_group("the fine-tuning", "defaults: as the task and --kind have them"))
-    dreamix.set_defaults(run=run_dreamix)
-
-
-def add_dreamix_task(dreamix: argparse.ArgumentParser) -> None:
-    group = dreamix.add_argument_group("the task", "one of these, each with its own defaults")
-    task = group.add_mutually_exclusive_group()
-    task.add_argument("--kind", choices=KINDS, help=f"what the prompt changes in the clip (default: {KINDS[0]})")
-    moves = ", ".join(name.replace(" ", "-") for name in MOVES)
-    task.add_argument(
-        "--animate", type=move_name, choices=MOVES, metavar="MOVE", help=f"one picture, first moved by: {moves}"
-    )
-    task.add_argument("--subject", action="store_true", help="a new clip of what the pictures show")
-
-
-def add_dreamix_sampling(group: Any) -> None:
-    group.add_argument("--noise", type=float, metavar="S", help="0..1: higher follows the prompt, lower keeps the clip")
-    group.add_argument("--factor", type=float, help="how far the clip is downsampled a side, 1 is not at all")
-    group.add_argument("--stride", type=int, help="keep the motion of every so many frames, 1 is all of them")
-    group.add_argument("--steps", type=int, help="of the schedule from pure noise on")
-    group.add_argument("--guidance", type=float, help="by the prompt, 1 is none")
-    group.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from")
-    group.add_argument("--second-pass", type=float, metavar="S", help="the noise of an edit of the result, 0 for none")
-    group.add_argument("--scale", type=float, help="how much larger the second pass makes the frames")
-
-
-def add_dreamix_tuning(group: Any) -> None:
-    group.add_argument("--fine-tune-steps", type=int, help="0 for none")
-    group.add_argument("--alpha", type=float, help="0 learns from the frames alone, 1 from the clip alone")
-    group.add_argument("--learning-rate", type=float)
-    group.add_argument("--rank", type=int, help="of the LoRA")
-    group.add_argument("--mask", choices=MASKS, help="how the frames' part leaves out the motion")
-    group.add_argument("--token", help="the rare word that stands for what is learnt (default: sks, or the LoRA's own)")
-    group.add_argument("--save-lora", type=Path, metavar="FILE.safetensors", help="keep the fine-tuning")
-    group.add_argument("--lora", type=Path, metavar="FILE.safetensors", help="use a kept one instead")
-    group.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="of a run that may be interrupted")
-
-
 def add_benchmark(commands: Any) -> None:
     bench = commands.add_parser("benchmark", help="measure against the synthetic world's known answers")
-    bench.add_argument("what", choices=("model", "videoshop", "dreamix", "cost"))
-    bench.add_argument("--clips", type=int, help="default: model 64, videoshop 32 (round trip 16), sweep 8, dreamix 10")
+    bench.add_argument("what", choices=("model", "videoshop", "dreamix", "ei2", "cost"))
+    bench.add_argument(
+        "--clips", type=int, help="default: model 64, videoshop 32 (round trip 16), sweep 8, dreamix 10, ei2 8"
+    )
     bench.add_argument("--seeds", choices=("validation", "test"), help="default: test, of a sweep validation")
     bench.add_argument(
         "--kinds", nargs="+", choices=EDITS, help="videoshop: kinds of edit (default: all; of a sweep two)"
@@ -263,13 +180,14 @@ def add_benchmark(commands: Any) -> None:
         "--timed-runs",
         type=int,
         default=3,
-        help="dreamix: runs of each side in the host, of the table of costs, 0 for none (default: %(default)s)",
+        help="dreamix, ei2: runs of each side of the tables of costs, 0 for none (default: %(default)s)",
     )
     bench.add_argument(
         "--runs",
         type=int,
-        help="cost: interleaved runs of each side (default: 7); dreamix: seeds of each clip's fine-tuning (default: 1)",
+        help="cost: interleaved runs of each side (default: 7); dreamix, ei2: seeds of a clip's tuning (default: 1, 3)",
     )
+    bench.add_argument("--steps", type=int, help="ei2: of the tuning (default: as the embedded model needs)")
     bench.add_argument(
         "--tuning-clips",
         type=int,
@@ -284,7 +202,7 @@ def add_benchmark(commands: Any) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="rewind", description="Rewind a clip to noise, change one frame, play it again.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | edit | dreamix | benchmark")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | edit | dreamix | ei2 | benchmark")
 
     demo = commands.add_parser("demo", help="edit the shipped clip with the embedded model; takes less than a minute")
     demo.add_argument("-o", "--output", type=Path, default=Path("output/demo"), help="folder (default: %(default)s)")
@@ -293,6 +211,7 @@ def build_parser() -> Parser:
 
     add_edit(commands)
     add_dreamix(commands)
+    add_ei2(commands)
     add_benchmark(commands)
     return parser
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, median, quantiles
+from statistics import median, quantiles
 from typing import Any
 
 from ..demo.text_edits import BACKGROUND_ERROR, COLOUR_ERROR, HEADING_ERROR, KINDS, SEEDS
 from ..pipelines.dreamix.finetuning import FineTuning
 from ..pipelines.dreamix.pipeline import DreamixSettings
-from ..pipelines.evaluation.metrics import lower_bound
 from . import cost, runner
 from .dreamixing import REFERENCES, SECOND_PASS, SETTINGS, TUNING, Method, Record, jobs, work
+from .statistics import margin, share
 
 MIXED = "mixed, alpha 0.5"
 METHODS = (
@@ -26,41 +25,6 @@ METHODS = (
 )
 STEPS = (0, 25, 50, 100, 200)  # of fine-tuning, of which the default is chosen
 MEASURES = ("appearance", "accuracy", "success")
-
-
-# --- statistics -------------------------------------------------------------------------------------------------------
-
-
-def per_clip(records: Sequence[Record], key: str) -> list[float]:
-    """The share of a source clip's edits and runs that are right, for each clip in turn."""
-    clips: dict[int, list[float]] = {}
-    for record in records:
-        clips.setdefault(record["seed"], []).append(float(record[key]))
-    return [fmean(values) for values in clips.values()]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Two-sided 95 % interval of the mean over clips (Student's t; edits of one clip are not independent)."""
-    if len(values) < 2:
-        return math.nan, math.nan
-    reach = fmean(values) - lower_bound(values, 0.975)
-    return fmean(values) - reach, fmean(values) + reach
-
-
-def share(records: Sequence[Record], key: str) -> str:
-    """ "0.47 (0.35 to 0.59)", or a dash where there is nothing."""
-    values = per_clip(records, key)
-    if not values:
-        return "-"
-    low, high = (min(1.0, max(0.0, end)) if not math.isnan(end) else end for end in interval(values))
-    return f"{fmean(values):.2f}" + ("" if math.isnan(low) else f" ({low:.2f} to {high:.2f})")
-
-
-def margin(own: Sequence[Record], base: Sequence[Record], key: str = "success") -> tuple[float, float]:
-    """Mean and lower 95 % bound of how far one method's share is above another's, clip by clip."""
-    pairs = zip(per_clip(own, key), per_clip(base, key), strict=True)
-    differences = [a - b for a, b in pairs]
-    return fmean(differences), lower_bound(differences) if len(differences) > 1 else math.nan
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..demo.clip import FPS
 from ..demo.models import ImageToVideoConfig
@@ -25,11 +18,26 @@ from ..pipelines.dreamix.corruption import coarse_size, degrade_time, sigmas_fro
 from ..pipelines.dreamix.families import model_kind
 from ..pipelines.dreamix.finetuning import FineTuning
 from ..pipelines.dreamix.lora import State, from_diffusers, to_diffusers
-from ..pipelines.dreamix.pipeline import Callback, DreamixPipeline, DreamixResult, DreamixSettings
+from ..pipelines.dreamix.pipeline import DreamixPipeline, DreamixSettings
 from ..pipelines.dreamix.presets import PRESETS, Preset
 from ..pipelines.dreamix.prompts import with_token
-from ..pipelines.video import read_image, read_video, write_video
-from .files import check_folder, check_output, choose_size, free_name, resized, say, tell_length, tell_reading
+from ..pipelines.video import read_image
+from .files import (
+    check_folder,
+    check_output,
+    check_request,
+    choose_size,
+    configuration_of,
+    frame_count,
+    free_name,
+    given,
+    read_clip,
+    resized,
+    say,
+    tell_length,
+    write_result,
+)
+from .tuning import Progress, hardware, told_sampling, told_tuning, whole_steps
 
 KINDS = ("motion", "style", "object", "background")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -80,17 +88,13 @@ def model_facts(model: str | None) -> ModelFacts:
         return ModelFacts("unet", own.frames, own.size**2, 8 * 2 ** (len(own.unet_channels) - 1), 1, FPS)
     from diffusers import AutoencoderKLWan, UNet3DConditionModel, WanTransformer3DModel
 
-    try:
+    with configuration_of(model):
         if model_kind(model) == "TextToVideoSDPipeline":
             unet = UNet3DConditionModel.load_config(model, subfolder="unet")
             area = (8 * (unet.get("sample_size") or 32)) ** 2
             return ModelFacts("unet", 16, area, 8 * 2 ** (len(unet["block_out_channels"]) - 1), 1, 8)
         patch = WanTransformer3DModel.load_config(model, subfolder="transformer")["patch_size"][-1]
         vae = AutoencoderKLWan.load_config(model, subfolder="vae").get("scale_factor_spatial") or 8
-    except OSError as error:
-        raise ValueError(
-            f"{model} is not a model in diffusers' layout, neither a folder nor a hub's id within reach ({error})"
-        ) from error
     # Two seconds at Wan's 16 frames a second. It knows five, 81 frames, which no common GPU has the memory to tune on.
     return ModelFacts("transformer", 33, 832 * 480, vae * patch, 4, 16)
 
@@ -116,8 +120,7 @@ def check_files(args: argparse.Namespace) -> None:
 
 def check_flags(args: argparse.Namespace, preset: Preset) -> None:
     """Raise for what contradicts the task, and for what would change nothing."""
-    if not args.prompt.strip():
-        raise ValueError("the prompt is empty; say what the result shows")
+    check_request(args)
     task = "--subject" if args.subject else "--animate"
     if (args.subject or args.animate) and args.alpha:
         raise ValueError(f"got --alpha {args.alpha:g}; {task} learns from pictures alone, with 0")
@@ -125,10 +128,6 @@ def check_flags(args: argparse.Namespace, preset: Preset) -> None:
         raise ValueError(f"got --noise {args.noise:g}; --subject begins from pure noise, with 1")
     if args.subject and (args.factor, args.stride) != (None, None):
         raise ValueError("--factor and --stride degrade a clip, and --subject has none: leave them out")
-    if args.guidance is not None and not 0 <= args.guidance < math.inf:
-        raise ValueError(f"got --guidance {args.guidance}; it must be at least 0, and 1 is none")
-    if args.fps is not None and args.fps < 1:
-        raise ValueError(f"got --fps {args.fps}; it must be at least 1")
     second = preset.second_pass if args.second_pass is None else args.second_pass
     if args.scale is not None and not second:
         raise ValueError("--scale enlarges in the second pass, and there is none: give --second-pass too")
@@ -139,10 +138,6 @@ def check_flags(args: argparse.Namespace, preset: Preset) -> None:
     needless = [name for name in needless if name != "--fine-tune-steps"]
     if args.lora is None and steps == 0 and needless:
         raise ValueError(f"without fine-tuning {', '.join(needless)} would do nothing: give --fine-tune-steps above 0")
-
-
-def given(args: argparse.Namespace, name: str) -> bool:
-    return getattr(args, name) is not None
 
 
 def read_lora(path: Path, network: str) -> tuple[State, str | None]:
@@ -163,39 +158,6 @@ def read_lora(path: Path, network: str) -> tuple[State, str | None]:
     if any(key.split(".")[0] != network for key in keys):
         raise ValueError(f"{path} is a LoRA of another kind of model: it is not for the {network} of this one")
     return state, token
-
-
-def frame_count(args: argparse.Namespace, facts: ModelFacts) -> int:
-    """How many frames the result shall have. Raises ValueError for a number that the model does not take."""
-    count, stride = facts.frames if args.frames is None else args.frames, facts.stride
-    if count < 2:
-        raise ValueError(f"got --frames {count}; a clip has at least 2")
-    if (count - 1) % stride:
-        below = (count - 1) // stride * stride + 1
-        fitting = f"{below} or {below + stride}" if below > 1 else f"{below + stride}"
-        raise ValueError(f"got --frames {count}; this model takes {stride} n + 1: {fitting} for example")
-    return count
-
-
-def read_clip(args: argparse.Namespace, facts: ModelFacts, count: int) -> tuple[Tensor, Fraction]:
-    """The clip of a file, as long as the model can take of it and at the model's size, and its frames a second."""
-    (path,) = args.clip
-    read = read_video(path, frames=count, fps=args.fps)
-    frames, height, width = len(read.frames), *read.frames.shape[2:]
-    fitting = (frames - 1) // facts.stride * facts.stride + 1
-    if fitting < 2:
-        fewest = f"; this model takes {facts.stride} n + 1" if facts.stride > 1 else ""
-        had = f"{frames} frames" if frames > 1 else "one frame"
-        raise ValueError(f"{path} has {had}; a clip has at least {facts.stride + 1}{fewest}")
-    size = choose_size(args.size, width, height, facts.area, facts.multiple)
-    tell_reading(read, args.frames, args.fps)
-    if fitting < frames:
-        say(f"the last {frames - fitting} of {frames} frames are left out: this model takes {facts.stride} n + 1")
-    if facts.stride == 1:
-        tell_length(fitting, facts.frames)
-    if read.has_audio:
-        say("the audio track is left out")
-    return resized("clip", read.frames[:fitting], size), read.fps
 
 
 def read_pictures(args: argparse.Namespace, facts: ModelFacts) -> Tensor:
@@ -234,7 +196,7 @@ def prepare_dreamix(args: argparse.Namespace) -> DreamixJob:
     if token not in (None, settings.token):
         say(f"{args.lora} was learnt under the word {token}, not {settings.token}")
     with_token(args.prompt, settings.token)  # raises for a token that is not one word
-    count = frame_count(args, facts)
+    count = frame_count(args.frames, facts.frames, facts.stride)
     if args.animate is not None:
         learnt = read_pictures(args, facts)
         clip = learnt = coarse_video(learnt[0], count, move(args.animate))
@@ -243,8 +205,10 @@ def prepare_dreamix(args: argparse.Namespace) -> DreamixJob:
         learnt = read_pictures(args, facts)
         clip, fps = torch.zeros(count, *learnt.shape[1:]), Fraction(args.fps or facts.fps)
     else:
-        learnt, fps = read_clip(args, facts, count)
-        clip = learnt
+        clip, fps = read_clip(args.clip[0], args, count, facts.area, facts.multiple, facts.stride)
+        if facts.stride == 1:
+            tell_length(len(clip), facts.frames)
+        learnt = clip
     coarse_size(*clip.shape[2:], settings.factor)  # both raise now what the edit would after the fine-tuning
     degrade_time(clip, settings.stride)
     tuning = tuning if lora is None and tuning.steps > 0 else None
@@ -255,31 +219,6 @@ def prepare_dreamix(args: argparse.Namespace) -> DreamixJob:
 # --- the work ---------------------------------------------------------------------------------------------------------
 
 
-class Progress:
-    """Bars on stderr: one of the fine-tuning, one of each pass of the sampling. Called with what the loops tell."""
-
-    def __init__(self, totals: dict[str, list[int]]):
-        self.totals, self.bar, self.tuned = totals, None, 0
-
-    def __call__(self, step: dict[str, Any]) -> None:
-        phase = "fine-tuning" if "loss" in step else "sampling"
-        if self.bar is None or (phase == "sampling" and step["i"] == 0):
-            self.close()
-            # A fine-tuning that goes on from a checkpoint does not begin at 0.
-            total = self.totals[phase].pop(0)
-            self.bar = tqdm(desc=phase, total=total, initial=step["i"], file=sys.stderr)
-        if phase == "fine-tuning":
-            self.tuned = step["i"] + 1
-            losses = {name: f"{step[name]:.3f}" for name in ("video", "frames") if not math.isnan(step[name])}
-            self.bar.set_postfix(losses, refresh=False)
-        self.bar.update()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
 def load_pipeline(model: str | None) -> DreamixPipeline:
     """The model of an edit: the embedded one, or one of `families` from a folder or the hub."""
     from ..benchmarks.runner import embedded_text_pipeline
@@ -288,11 +227,7 @@ def load_pipeline(model: str | None) -> DreamixPipeline:
         # So small a model gains little from more threads, and loses much where other work shares the cores.
         torch.set_num_threads(1)
         return embedded_text_pipeline()
-    on_gpu = torch.cuda.is_available()
-    # Gradients pass the network: bfloat16 has the range for them that float16 lacks.
-    return DreamixPipeline.from_pretrained(
-        model, torch.bfloat16 if on_gpu else torch.float32, "cuda" if on_gpu else "cpu"
-    )
+    return DreamixPipeline.from_pretrained(model, *hardware())
 
 
 def write_lora(path: Path, state: State, network: str, token: str) -> None:
@@ -304,68 +239,13 @@ def write_lora(path: Path, state: State, network: str, token: str) -> None:
     say(f"{path}: the fine-tuning, learnt under the word {token}")
 
 
-@contextmanager
-def whole_steps(callback: Callback) -> Iterator[Callback]:
-    """Inside, Ctrl-C ends a fine-tuning with the step that it falls in, so that a later run goes on exactly.
-
-    Pressed again, it ends it at once.
-    """
-    pressed = False
-
-    def press(*_: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    def after(step: dict[str, Any]) -> None:
-        callback(step)
-        if pressed:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield after
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def learn(pipeline: DreamixPipeline, job: DreamixJob, progress: Progress, args: argparse.Namespace) -> State:
     """The fine-tuning, and its file where one is asked for. KeyboardInterrupt tells what was kept."""
-    try:
-        with whole_steps(progress) as callback:
-            tuned = pipeline.fine_tune(job.learnt, job.settings.token, job.tuning, callback, args.checkpoints)
-    except KeyboardInterrupt as stop:
-        told = f"stopped after {progress.tuned} of {job.tuning.steps} steps of fine-tuning"
-        if not progress.tuned:
-            told = "stopped before the first step of fine-tuning"
-        if args.checkpoints is None:
-            told += "; nothing is kept, with --checkpoints FOLDER it would be"
-        else:
-            told += f"; the same command goes on from what {args.checkpoints} holds"
-        raise KeyboardInterrupt(told) from stop
-    finally:
-        progress.close()
+    with told_tuning(progress, job.tuning.steps, args.checkpoints), whole_steps(progress) as callback:
+        tuned = pipeline.fine_tune(job.learnt, job.settings.token, job.tuning, callback, args.checkpoints)
     if args.save_lora is not None:
         write_lora(free_name(args.save_lora, args.force), tuned.lora, job.network, job.settings.token)
     return tuned.lora
-
-
-def sample(
-    pipeline: DreamixPipeline, job: DreamixJob, lora: State | None, progress: Progress, args: argparse.Namespace
-) -> DreamixResult:
-    """The edit itself. KeyboardInterrupt tells what became of the fine-tuning."""
-    try:
-        return pipeline.edit(job.clip, job.prompt, job.settings, args.seed, lora, progress)
-    except KeyboardInterrupt as stop:
-        told = "stopped while sampling; no clip is written"
-        if job.tuning is not None and args.save_lora is None:
-            told += " and the fine-tuning is lost, --save-lora FILE keeps it"
-        elif job.tuning is not None:
-            told += ", but the fine-tuning is: --lora with its file takes its place"
-        raise KeyboardInterrupt(told) from stop
-    finally:
-        progress.close()
 
 
 def run_dreamix(args: argparse.Namespace) -> int:
@@ -383,11 +263,8 @@ def run_dreamix(args: argparse.Namespace) -> int:
     steps = 0 if job.tuning is None else job.tuning.steps
     progress = Progress({"fine-tuning": [steps], "sampling": [count for count in passes if count]})
     lora = job.lora if job.tuning is None else learn(pipeline, job, progress, args)
-    result = sample(pipeline, job, lora, progress, args)
-    output = free_name(args.output, args.force)
-    write_video(output, result.frames, job.fps)
-    say(
-        f"{output}: {len(result.frames)} frames at {float(job.fps):g} frames a second, "
-        f"{time.monotonic() - started:.0f} s, {steps} steps of fine-tuning, {result.evaluations} network evaluations"
-    )
+    with told_sampling(progress, job.tuning is not None, args.save_lora is not None, "lora"):
+        result = pipeline.edit(job.clip, job.prompt, settings, args.seed, lora, progress)
+    work = f"{steps} steps of fine-tuning, {result.evaluations} network evaluations"
+    write_result(args, result.frames, job.fps, started, work)
     return 0

@@ -2,19 +2,70 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 
 from torch import Tensor
 
-from ..pipelines.video import Clip, fit, nearest_size
+from ..pipelines.video import Clip, fit, nearest_size, read_video, write_video
 
 VIDEOS = (".mp4", ".mov", ".mkv")
 
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+# --- what the user asked for ------------------------------------------------------------------------------------------
+
+
+def given(args: argparse.Namespace, name: str) -> bool:
+    return getattr(args, name) is not None
+
+
+def check_request(args: argparse.Namespace) -> None:
+    """Raise ValueError for an empty --prompt, or a --guidance or --fps out of range."""
+    if not args.prompt.strip():
+        raise ValueError("the prompt is empty; say what the result shows")
+    if args.guidance is not None and not 0 <= args.guidance < math.inf:
+        raise ValueError(f"got --guidance {args.guidance}; it must be at least 0, and 1 is none")
+    if args.fps is not None and args.fps < 1:
+        raise ValueError(f"got --fps {args.fps}; it must be at least 1")
+
+
+def frame_count(asked: int | None, own: int, stride: int = 1) -> int:
+    """How many frames the result shall have: as asked, or the model's own number.
+
+    Raises ValueError for a number that the model does not take: it must be stride n + 1.
+    """
+    count = own if asked is None else asked
+    if count < 2:
+        raise ValueError(f"got --frames {count}; a clip has at least 2")
+    if (count - 1) % stride:
+        below = (count - 1) // stride * stride + 1
+        fitting = f"{below} or {below + stride}" if below > 1 else f"{below + stride}"
+        raise ValueError(f"got --frames {count}; this model takes {stride} n + 1: {fitting} for example")
+    return count
+
+
+@contextmanager
+def configuration_of(model: str) -> Iterator[None]:
+    """Inside, files of a model are read; ValueError where there is no such model."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{model} is not a model in diffusers' layout, neither a folder nor a hub's id within reach ({error})"
+        ) from error
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def check_folder(folder: Path) -> None:
@@ -48,6 +99,16 @@ def free_name(output: Path, force: bool) -> Path:
     while output.exists() and not force:
         output = output.with_stem(f"{output.stem}-new")
     return output
+
+
+def write_result(args: argparse.Namespace, frames: Tensor, fps: Fraction, started: float, work: str) -> None:
+    """Write the clip, and say where, how long it took since `started` (time.monotonic), and what work it was."""
+    output = free_name(args.output, args.force)
+    write_video(output, frames, fps)
+    say(f"{output}: {len(frames)} frames at {float(fps):g} frames a second, {time.monotonic() - started:.0f} s, {work}")
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
 
 
 def choose_size(asked: tuple[int, int] | None, width: int, height: int, area: int, multiple: int) -> tuple[int, int]:
@@ -92,3 +153,27 @@ def resized(name: str, images: Tensor, size: tuple[int, int]) -> Tensor:
         told = f", {cropped:.0%} is cropped" if cropped >= 0.005 else ""
         say(f"the {name} is resized from {old[0]}x{old[1]} to {size[0]}x{size[1]}{told}")
     return fit(images, *size)
+
+
+def read_clip(
+    path: Path, args: argparse.Namespace, count: int, area: int, multiple: int, stride: int = 1
+) -> tuple[Tensor, Fraction]:
+    """The clip of a file [T, 3, H, W], as long as the model can take of it and at its size, and its frames a second.
+
+    args: of which --frames, --fps and --size count. count: at most so many frames; area, multiple: see `choose_size`;
+    stride: clips have stride n + 1 frames. Raises for a file that does not open, and ValueError for too few frames.
+    """
+    read = read_video(path, frames=count, fps=args.fps)
+    frames, height, width = len(read.frames), *read.frames.shape[2:]
+    fitting = (frames - 1) // stride * stride + 1
+    if fitting < 2:
+        fewest = f"; this model takes {stride} n + 1" if stride > 1 else ""
+        had = f"{frames} frames" if frames > 1 else "one frame"
+        raise ValueError(f"{path} has {had}; a clip has at least {stride + 1}{fewest}")
+    size = choose_size(args.size, width, height, area, multiple)
+    tell_reading(read, args.frames, args.fps)
+    if fitting < frames:
+        say(f"the last {frames - fitting} of {frames} frames are left out: this model takes {stride} n + 1")
+    if read.has_audio:
+        say("the audio track is left out")
+    return resized("clip", read.frames[:fitting], size), read.fps

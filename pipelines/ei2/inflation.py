@@ -179,8 +179,13 @@ class _FrameProcessor:
 
 @contextmanager
 def inflated(network: nn.Module, inflation: Inflation, frames: int) -> Iterator[None]:
-    """Inside, diffusers' UNet is inflated for clips of so many frames, in its batch; outside it is as it was."""
+    """Inside, diffusers' UNet is inflated for clips of so many frames, in its batch; outside it is as it was.
+
+    Raises ValueError for a network that is inflated already: the modules would add up.
+    """
     blocks = {name: block for name, block in transformer_blocks(network).items() if name in inflation.blocks}
+    if any(isinstance(block.attn1.processor, _FrameProcessor) for block in blocks.values()):
+        raise ValueError("this UNet is inflated already: leave the first inflation before the next")
     grids: dict[str, tuple[int, int]] = {}
     entering: dict[str, Tensor] = {}
     handles, processors = [], {}

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..denoiser import truncate_sigmas
 from ..video import check_frames
 from ..videoshop.denoising import GuidedDenoiser, sample_euler
-from ..videoshop.inversion import sample_edm_inversion
+from ..videoshop.inversion import GUESSES, sample_edm_inversion
 from .covariate_shift import Probe, Reading
 from .family import TextToImage, load_family
 from .inflation import Inflation, InflationSettings, chosen_blocks, inflated, transformer_blocks
@@ -22,6 +22,7 @@ from .tuning import OneShot, Queries, Subject, one_shot_tune, query_layers
 from .weights import EI2Weights
 
 Callback = Callable[[dict[str, Any]], None]
+EI2_GUESSES = tuple(guess for guess in GUESSES if guess != "random")  # nothing is drawn in an edit
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class EI2Settings:
 
     steps: of the inversion and of the way back (50 in Tune-A-Video). guidance: classifier-free, of the way back alone;
     1 is none (12.5 in Tune-A-Video; ours suits the embedded model). strength: 0..1, how far the clip is rewound; 1 to
-    pure noise, as in the paper. guess: of the inversion (`videoshop.inversion.GUESSES`); "current" is plain DDIM
-    inversion, which the paper has. refine: fixed-point iterations a step of the inversion. place: the blocks that are
-    inflated (`inflation.PLACES`); patch_strength: 0..1, of the inflation; 0 is the model as it was.
+    pure noise, as in the paper. guess: of the inversion, one of EI2_GUESSES (`videoshop.inversion`); "current" is plain
+    DDIM inversion, which the paper has. refine: fixed-point iterations a step of the inversion. place: the blocks that
+    are inflated (`inflation.PLACES`); patch_strength: 0..1, of the inflation; 0 is the model as it was.
     """
 
     steps: int = 50
@@ -52,6 +53,11 @@ class EI2Settings:
             raise ValueError(f"the strength is {self.strength}; it must be above 0 and at most 1")
         if not 0 <= self.patch_strength <= 1:
             raise ValueError(f"the strength of the patch is {self.patch_strength}; it must be 0 (none) to 1")
+        if self.guess not in EI2_GUESSES:
+            raise ValueError(f'the guess is "{self.guess}"; it must be one of {", ".join(EI2_GUESSES)}')
+        if self.refine < 0:
+            raise ValueError(f"got {self.refine} refinements; they must be 0 or more")
+        chosen_blocks([], self.place)
 
 
 @dataclass(frozen=True)
@@ -134,14 +140,15 @@ class EI2Pipeline:
             return
         chosen = chosen_blocks(list(transformer_blocks(network)), settings.place)
         temporal = weights.temporal(network) if weights is not None else {}
-        temporal = {name: module.to(self.family.device) for name, module in temporal.items() if name in chosen}
+        place = {"device": self.family.device, "dtype": network.dtype}
+        temporal = {name: module.to(**place) for name, module in temporal.items() if name in chosen}
         inflation = weights.settings if weights is not None else inflation
         observer = probe.observer if probe is not None else None
         patch = Inflation(inflation, chosen, temporal, settings.patch_strength, observer)
         queries = nullcontext()
         if weights is not None:
             queries = Queries(query_layers(network)).requires_grad_(False)
-            queries.load({name: settings.patch_strength * diff for name, diff in weights.queries().items()})
+            queries.load({name: settings.patch_strength * diff for name, diff in weights.queries(chosen).items()})
         with queries, inflated(network, patch, frames):
             yield
 
@@ -166,8 +173,9 @@ class EI2Pipeline:
         context, empty = family.embed([prompt]), family.embed([settings.negative])
         plain = empty if not settings.negative else family.embed([""])
         with self.patched(len(frames), weights, settings, inflation):
+            rewinding = GuidedDenoiser(lambda x, sigma: family.denoise(x, sigma, plain), None)
             latents = sample_edm_inversion(
-                lambda x, sigma: family.denoise(x, sigma, plain),
+                rewinding,
                 family.encode(frames),
                 sigmas.flip(0),
                 callback=callback,
@@ -184,8 +192,7 @@ class EI2Pipeline:
                 settings.guidance,
             )
             latents = sample_euler(model, latents, sigmas, callback=callback, disable=True)
-        calls = (len(sigmas) - 1) * (1 + settings.refine) + model.evaluations
-        return EI2Result(family.decode(latents), weights, [], calls)
+        return EI2Result(family.decode(latents), weights, [], rewinding.evaluations + model.evaluations)
 
     @torch.no_grad()
     def covariate_shift(

@@ -26,6 +26,7 @@ from .ffam import attend
 
 AXES = ("frames", "frames + space")
 LOCATIONS = 4096  # that are attended to at once: some kernels take no more than 65535 locations times heads
+FIRST_ITERATIONS = 15  # of a new layer's power iteration, as torch's own spectral_norm begins
 
 
 @dataclass(frozen=True)
@@ -56,27 +57,35 @@ def centre(x: Tensor, frames: int, axes: str = "frames") -> Tensor:
 
 
 class SpectralLinear(nn.Module):
-    """A linear layer W / max(1, sigma_max(W)); sigma_max by one step of power iteration a training pass, in float32.
+    """A linear layer W / max(1, sigma_max(W)); sigma_max by power iteration in float32, whose vector u persists.
 
-    Its vector u persists. In a zero matrix, which has no direction, it stays what it was.
+    `iterate` moves u, a pass does not: a block that is computed again on the way back sees the weight that it saw. In a
+    zero matrix, which has no direction, u stays what it was.
     """
 
     def __init__(self, width: int, generator: torch.Generator, zero: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, width) if zero else _drawn(width, generator))
         self.register_buffer("u", F.normalize(torch.randn(width, generator=generator), dim=0))
+        for _ in range(FIRST_ITERATIONS):
+            self.iterate()
+
+    @torch.no_grad()
+    def iterate(self) -> None:
+        """One step of power iteration, after each step of the optimiser."""
+        weight = self.weight.float()
+        with torch.autocast(weight.device.type, enabled=False):
+            u = weight @ F.normalize(weight.mT @ self.u, dim=0)
+        if u.norm() > 1e-12:
+            self.u.copy_(F.normalize(u, dim=0))
 
     def normalised(self) -> Tensor:
         """The weight that is applied, [out, in]."""
         weight = self.weight.float()
-        with torch.no_grad():
-            v = F.normalize(weight.mT @ self.u, dim=0)
-            if self.training:
-                u = weight @ v
-                if u.norm() > 1e-12:
-                    self.u.copy_(F.normalize(u, dim=0))
-        # The buffer changes with the next pass, which may come before this one's way back.
-        sigma = self.u.clone() @ (weight @ v)
+        with torch.autocast(weight.device.type, enabled=False):
+            with torch.no_grad():
+                v = F.normalize(weight.mT @ self.u, dim=0)
+            sigma = self.u @ (weight @ v)
         return weight / sigma.clamp(min=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,6 +100,7 @@ def _drawn(width: int, generator: torch.Generator) -> Tensor:
 class TemporalAttention(nn.Module):
     """One of TEMPORALS on tokens [B frames, n, C]; `forward` gives the residual. A new one changes nothing.
 
+    It computes in its weights' precision, and answers in the tokens'.
     folded: for weights in which the normalisation is folded already (`folded`), so that inference needs none of it.
     """
 
@@ -117,14 +127,12 @@ class TemporalAttention(nn.Module):
             self.to_v, self.to_out = _linear(_drawn(width, generator)), _linear(torch.zeros(width, width), parts.bias)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        if TEMPORALS[self.kind].centred:
-            h = centre(x, frames, self.axes)
-        else:
-            h = F.layer_norm(x, x.shape[-1:])
+        h = x.to(self.to_q.weight.dtype)
+        h = centre(h, frames, self.axes) if TEMPORALS[self.kind].centred else F.layer_norm(h, h.shape[-1:])
         n = h.shape[1]
         h = rearrange(h, "(b f) n c -> (b n) f c", f=frames)
         out = [self.to_out(self._mixed(piece)) for piece in h.split(LOCATIONS)]
-        return rearrange(torch.cat(out), "(b n) f c -> (b f) n c", n=n)
+        return rearrange(torch.cat(out), "(b n) f c -> (b f) n c", n=n).to(x.dtype)
 
     def _mixed(self, h: Tensor) -> Tensor:
         return attend(self.to_q(h), self.to_k(h), self.to_v(h), self.heads)

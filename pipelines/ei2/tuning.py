@@ -23,6 +23,7 @@ from .. import training
 from ..denoiser import EPS, NoisePath
 from ..training import PRECISIONS, State, checkpointed, frozen
 from .inflation import Inflation, InflationSettings, architecture, fresh_temporal, transformer_blocks
+from .stam import SpectralLinear
 from .weights import QUERIES, EI2Weights
 
 
@@ -158,6 +159,13 @@ class Run(training.Run):
         self.backward(loss, self.parameters)
         return {"total": float(loss.detach())}
 
+    def train_step(self) -> dict[str, float]:
+        losses = super().train_step()
+        for module in self.temporal.modules():
+            if isinstance(module, SpectralLinear):
+                module.iterate()
+        return losses
+
     def weights(self) -> State:
         state = {f"queries.{key}": t.detach().cpu().clone() for key, t in self.queries.state_dict().items()}
         return state | {f"temporal.{key}": t.detach().cpu().clone() for key, t in self.temporal.state_dict().items()}
@@ -170,11 +178,10 @@ class Run(training.Run):
     def identity(self) -> Iterator[str | Tensor]:
         """The clip, the caption, the settings but the number of steps, and the network."""
         settings = {key: value for key, value in asdict(self.settings).items() if key not in ("steps", "checkpointing")}
-        yield repr((sorted(settings.items()), self.inflation.settings, self.subject.caption))
+        yield repr((sorted(settings.items()), self.inflation.settings, self.subject.caption, self.subject.path))
         yield architecture(self.subject.network)
-        layers = list(self.queries.layers.values())
-        yield from (layer.weight for layer in layers[:: max(1, len(layers) // 4)])
-        yield self.subject.clip
+        yield from (p.flatten()[:4] for p in self.subject.network.parameters())  # a LoRA changes every number
+        yield from (self.subject.sigmas, self.subject.clip)
 
     def result(self) -> EI2Weights:
         """The weights as they are used and saved."""

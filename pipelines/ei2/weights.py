@@ -62,9 +62,10 @@ class EI2Weights:
                 modules[name] = module.eval().requires_grad_(False)
         return modules
 
-    def queries(self) -> State:
-        """The changes of the query projections, by the names of their layers."""
-        return {key.removesuffix(".diff"): t for key, t in self.tensors.items() if key.endswith(".diff")}
+    def queries(self, blocks: list[str] | None = None) -> State:
+        """The changes of the query projections of some blocks, or of all, by the names of their layers."""
+        diffs = {key.removesuffix(".diff"): t for key, t in self.tensors.items() if key.endswith(".diff")}
+        return {name: diff for name, diff in diffs.items() if blocks is None or name.rpartition(".attn")[0] in blocks}
 
 
 def _in_short(text: str) -> str:
