@@ -13,8 +13,9 @@ from ..pipelines.dreamix.finetuning import FineTuning
 from ..pipelines.dreamix.lora import TARGETS
 from ..pipelines.dreamix.temporal import MASKS
 from .figures import loss_curves, to_tensor, trained
-from .host import training
+from .host import mixed_training
 from .host.schema import ADVANCED, Schema
+from .host.training import precision_of
 
 CATEGORY = "Rewind/Dreamix"
 DEFAULT = FineTuning()
@@ -180,8 +181,8 @@ class DreamixFineTune(io.ComfyNode):
     ) -> io.NodeOutput:
         if steps == 0:
             return io.NodeOutput(model, {}, cls._for_a_graph([], {}), 0)
-        training.check_model(model)
-        training.check_token(model, token)
+        mixed_training.check_model(model)
+        mixed_training.check_token(model, token)
         settings = FineTuning(
             steps=steps,
             alpha=alpha,
@@ -189,16 +190,16 @@ class DreamixFineTune(io.ComfyNode):
             rank=rank,
             targets=targets,
             mask=mask,
-            precision=training.precision_of(model, mixed_precision),
+            precision=precision_of(model, mixed_precision),
             checkpointing=gradient_checkpointing,
             seed=seed,
         )
-        material = training.encode(model, vae, images, token, alpha)
-        tuned = training.train(model, material, settings, cls._progress(steps), checkpoint_every, memory_check)
+        material = mixed_training.encode(model, vae, images, token, alpha)
+        tuned = mixed_training.train(model, material, settings, cls._progress(steps), checkpoint_every, memory_check)
         curves = {"video": tuned.losses.video, "frames": tuned.losses.frames}
         picture = ui.PreviewImage(to_tensor(loss_curves(curves)), cls=cls)
         losses = cls._for_a_graph(tuned.losses.total, curves)
-        tuned_model = training.with_lora(model, tuned.lora)
+        tuned_model = mixed_training.with_lora(model, tuned.lora)
         return io.NodeOutput(tuned_model, tuned.lora, losses, len(tuned.losses.total), ui=picture)
 
     @staticmethod

@@ -1,7 +1,8 @@
-"""Fine-tuning inside the host: in the seat of a sampler, on a copy of the model, outside its inference mode.
+"""Training inside the host: in the seat of a sampler, on a copy of the model, outside its inference mode.
 
-The host's guider loads the model and prepares the conditions; `TrainingSampler.sample` gets both and hands denoisers to
-`pipelines.dreamix.finetuning`. What a node hands on is the INPUT model with the LoRA as ordinary weight patches.
+The host's guider loads the model and prepares the conditions; `Seat.sample` gets both and calls what trains. What a
+node hands on is the INPUT model with what was learnt as ordinary patches. Which losses are trained is for
+`mixed_training.py` (Dreamix) and `one_shot.py` (EI²) to say.
 """
 
 from __future__ import annotations
@@ -9,15 +10,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.model_patcher
-import comfy.patcher_extension
 import comfy.samplers
-import comfy.sd
 import comfyui_version
 import folder_paths
 import torch
@@ -25,11 +22,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ...pipelines.dreamix.finetuning import FineTuning, Subject, Tuned, fine_tune
-from ...pipelines.dreamix.lora import to_host
-from ...pipelines.dreamix.temporal import architecture
-from .encoding import check_images, encode_clip
-from .sampling import check_conditioning, check_embeddings, guider, latent_axes, noise_path
+from .sampling import guider, latent_axes
 
 # Peak of memory in training: so many times what autograd would keep of one loss without checkpointing (`Kept`), and a
 # reserve. Measured as growth of the process on a CPU in float32, not on a GPU. On the embedded network at 16 x 24 x 24
@@ -47,80 +40,18 @@ GUIDANCE = (
 )
 
 
-@dataclass(frozen=True)
-class Material:
-    """What is trained on: latents in the VAE's space, [T, 4, h, w] or [1, C, T, h, w], and one-frame clips of frames.
-
-    clip is None where alpha is 0, frames where it is 1.
-    """
-
-    clip: Tensor | None
-    frames: Tensor | None
-    token: list  # CONDITIONING
-
-
-def check_model(model: Any) -> None:
-    """ValueError for a MODEL that cannot be tuned: its kind is not known, or no copy can be made to train on."""
+def check_copyable(model: Any, node: str) -> None:
+    """ValueError where no copy of a MODEL can be made to train on. node: who asks."""
     if "force_deepcopy" not in inspect.signature(type(model).clone).parameters:
         raise ValueError(
-            f"Dreamix Mixed Fine-Tune needs a ComfyUI that can copy a model (0.33 does), this is "
+            f"{node} needs a ComfyUI that can copy a model (0.33 does), this is "
             f"{comfyui_version.__version__}: update ComfyUI. Every other node of Rewind works as it is"
         )
-    network = model.model.diffusion_model
-    kind = architecture(network)
-    noise_path(model.get_model_object("model_sampling"))
-    if (
-        kind == "joint"
-        and network.patch_embedding.in_channels != model.get_model_object("latent_format").latent_channels
-    ):
-        raise ValueError("this MODEL is told by a picture what to show: use the text-to-video model of its family")
     if getattr(model, "cached_patcher_init", None) is None:
         raise ValueError("this MODEL cannot be copied, so it cannot be tuned: load it by one of ComfyUI's own loaders")
 
 
-def check_token(model: Any, token: list) -> None:
-    """ValueError unless there is a CONDITIONING for this MODEL."""
-    if not token:
-        raise ValueError("token is empty: connect the token output of Dreamix Prompt")
-    network = model.model.diffusion_model
-    width = getattr(network, "text_dim", None) or model.model.model_config.unet_config.get("context_dim")
-    check_embeddings(token, "token", width, "CLIP")
-
-
-def encode(model: Any, vae: Any, images: Tensor, token: list, alpha: float) -> Material:
-    """Encode what alpha needs of images [T, H, W, 3 or more] in 0..1, alpha channels dropped.
-
-    Raises ValueError for images or a VAE that cannot be, or a token that was made for another size.
-    """
-    check_images(images, "images")
-    if alpha > 0 and len(images) < 2:
-        raise ValueError(
-            f"got 1 image, and alpha is {alpha:g}, which learns a motion too: connect a clip of at least 2 frames, or "
-            "set alpha to 0"
-        )
-    pixels = images[..., :3].float().clamp(0, 1).contiguous()  # some ways to resize go a little beyond
-    if model.get_model_object("latent_format").latent_dimensions == 2:  # frames are the batch
-        clip = frames = encode_clip(vae, pixels)
-    else:
-        clip = encode_clip(vae, pixels) if alpha > 0 else None
-        frames = _one_by_one(vae, pixels) if alpha < 1 else None
-    for latents in (clip, frames):
-        if latents is not None:
-            _check_latents(model, latents)
-            check_conditioning(model, token, latents, "token")
-    return Material(clip if alpha > 0 else None, frames if alpha < 1 else None, token)
-
-
-def _one_by_one(vae: Any, pixels: Tensor) -> Tensor:
-    """Each picture as a clip of one frame, [M, C, 1, h, w]."""
-    latents = []
-    for picture in pixels:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        latents.append(vae.encode(picture[None]))
-    return torch.cat(latents)
-
-
-def _check_latents(model: Any, latents: Tensor) -> None:
+def check_latents(model: Any, latents: Tensor) -> None:
     """ValueError for what the MODEL does not take."""
     dimensions, channels = latent_axes(model)
     if latents.ndim != dimensions or latents.shape[1] != channels:
@@ -132,23 +63,15 @@ def _check_latents(model: Any, latents: Tensor) -> None:
         raise ValueError("the VAE gives NaN or infinite values: it may need --fp32-vae, or the images are damaged")
 
 
-class TrainingSampler(comfy.samplers.Sampler):
-    """A SAMPLER in whose seat a fine-tuning runs; `tuned` is its result.
+# Called with what the host's guider hands to a sampler: (model_wrap, its extra_args, the device).
+Training = Callable[[Any, dict[str, Any], torch.device], Any]
 
-    settings, on_step, checkpoints, every: of `fine_tune`.
-    """
 
-    def __init__(
-        self,
-        material: Material,
-        settings: FineTuning,
-        on_step: Callable[[dict[str, Any]], None],
-        checkpoints: Path | None,
-        every: int,
-    ):
-        self.material, self.settings, self.on_step = material, settings, on_step
-        self.checkpoints, self.every = checkpoints, every
-        self.tuned: Tuned | None = None
+class Seat(comfy.samplers.Sampler):
+    """A SAMPLER in whose seat a training runs; `result` is what it returns."""
+
+    def __init__(self, function: Training):
+        self.function, self.result = function, None
 
     def sample(
         self,
@@ -161,48 +84,43 @@ class TrainingSampler(comfy.samplers.Sampler):
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        model, device = model_wrap.inner_model, noise.device
-
-        def own(latents: Tensor | None) -> Tensor | None:
-            # Made outside inference mode: autograd keeps what it computes with.
-            return None if latents is None else model.process_latent_in(latents.to(device, torch.float32).clone())
-
-        def denoiser(options: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
-            def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                return model_wrap(x, sigma, **{**extra_args, "model_options": options})
-
-            return denoise
-
-        options, sampling = extra_args["model_options"], model.model_sampling
-        one_by_one = comfy.model_patcher.create_model_options_clone(options)
-        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
-        comfy.patcher_extension.add_wrapper_with_key(kind, "rewind", _one_frame_each, one_by_one, is_model_options=True)
-        subject = Subject(
-            network=model.diffusion_model,
-            video=denoiser(options),
-            pictures=denoiser(one_by_one),
-            clip=own(self.material.clip),
-            frames=own(self.material.frames),
-            path=noise_path(sampling),
-            sigma_range=(float(sampling.sigma_min), float(sampling.sigma_max)),
-        )
-        self.tuned = fine_tune(subject, self.settings, self.on_step, self.checkpoints, self.every)
+        self.result = self.function(model_wrap, extra_args, noise.device)
         return torch.zeros_like(latent_image)
 
 
-def _one_frame_each(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """A wrapper around a network: one whose batch is a clip's frames takes every frame for a clip of its own.
+def in_seat(copy: Any, conditioning: list, seat: Tensor, seed: int, function: Training) -> Any:
+    """Run a training under a CONDITIONING in the seat of a sampler of the host's guider; what it returns.
 
-    Transformers, whose batch holds clips, are not told a number of frames.
+    seat: latents for which the conditions are prepared; where frames are the batch, all of them.
     """
-    if "num_video_frames" in kwargs:
-        kwargs["num_video_frames"] = 1
-    return executor(*args, **kwargs)
+    sampler = Seat(function)
+    latents = seat.float().clone()
+    conditioning = [[_own(embedding), _own(extra)] for embedding, extra in conditioning]
+    guider(copy, conditioning).sample(
+        torch.zeros_like(latents), latents, sampler, torch.tensor([1.0, 0.0]), disable_pbar=True, seed=seed
+    )
+    return sampler.result
+
+
+def own_latents(model: Any, latents: Tensor, device: torch.device) -> Tensor:
+    """Latents in model space on a device, made outside inference mode: autograd keeps what it computes with."""
+    return model.process_latent_in(latents.to(device, torch.float32).clone())
+
+
+def denoiser(
+    model_wrap: Any, extra_args: dict[str, Any], options: dict[str, Any]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A denoiser of `pipelines` under model options; Cancel ends it."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return model_wrap(x, sigma, **{**extra_args, "model_options": options})
+
+    return denoise
 
 
 @contextmanager
-def _training() -> Iterator[None]:
+def training_mode() -> Iterator[None]:
     """Outside inference mode, with gradients, and with the host told so (some of its models then work out of place)."""
     flag = hasattr(comfy.model_management, "in_training")
     with torch.inference_mode(False), torch.enable_grad():
@@ -265,44 +183,22 @@ class Kept:
         return sum(size for pointer, size in self.storages.items() if pointer not in self.weights)
 
 
-def _kept(copy: Any, material: Material, settings: FineTuning) -> float:
-    """Bytes that the larger of both losses keeps for the way back.
+def check_free(copy: Any, kept: float, checkpointing: bool, shorter: str = "fewer or smaller frames") -> None:
+    """ValueError where training a loaded copy would not fit into the memory that is free.
 
-    Counted in one step on a corner of the latents and carried over by size: attention too needs memory in proportion.
+    kept: bytes that autograd keeps of one loss without checkpointing.
     """
-    most = 0.0
-    for name, alpha in (("clip", 1.0), ("frames", 0.0)):
-        latents = getattr(material, name)
-        if latents is None:
-            continue
-        corner = latents[..., :CORNER, :CORNER]
-        if name == "frames":
-            corner, count = corner[:CORNER_FRAMES], min(settings.pictures, len(latents))
-            size = latents[:count].numel()
-        else:
-            corner = corner[:CORNER_FRAMES] if corner.ndim == 4 else corner[:, :, :CORNER_FRAMES]
-            size = latents.numel()
-        part = replace(material, **{"clip": None, "frames": None, name: corner})
-        once = replace(settings, steps=1, alpha=alpha, checkpointing=False)
-        with Kept(copy.model.diffusion_model) as kept:
-            _in_seat(copy, part, once, lambda step: None)
-        most = max(most, kept.bytes * size / corner.numel())
-    return most
-
-
-def check_memory(copy: Any, material: Material, settings: FineTuning) -> None:
-    """ValueError where training a loaded copy on these latents would not fit into the memory that is free."""
-    needed = (RECOMPUTED if settings.checkpointing else KEPT) * _kept(copy, material, settings) + RESERVE
+    needed = (RECOMPUTED if checkpointing else KEPT) * kept + RESERVE
     free = comfy.model_management.get_free_memory(copy.load_device)
     if needed > free:
-        help_ = "fewer or smaller frames" + ("" if settings.checkpointing else ", or gradient_checkpointing")
+        help_ = shorter + ("" if checkpointing else ", or gradient_checkpointing")
         raise ValueError(
             f"fine-tuning on these frames needs about {needed / 2**30:.1f} GiB beside the model, and "
             f"{free / 2**30:.1f} GiB can be had: use {help_} (memory_check can be turned off)"
         )
 
 
-def _training_copy(model: Any, precision: str) -> Any:
+def training_copy(model: Any, precision: str) -> Any:
     """A loaded copy of a MODEL with its patches, without guidance, frozen."""
     # Not the host's dynamic memory, in which weights may lie elsewhere than where they are used.
     copy = model.clone(disable_dynamic=True, force_deepcopy=True)
@@ -319,50 +215,3 @@ def _training_copy(model: Any, precision: str) -> Any:
 def _attention(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """PyTorch's own attention, whatever the host has chosen."""
     return attention_pytorch(*args, **kwargs)
-
-
-def _in_seat(
-    copy: Any,
-    material: Material,
-    settings: FineTuning,
-    on_step: Callable[[dict[str, Any]], None],
-    checkpoints: Path | None = None,
-    every: int = 1,
-) -> Tuned:
-    """Run `fine_tune` in the seat of a sampler of the host's guider."""
-    sampler = TrainingSampler(material, settings, on_step, checkpoints, every)
-    # The conditions are prepared for these latents; where frames are the batch, for all of them.
-    seat = material.frames if material.clip is None else material.clip
-    seat = (seat if seat.ndim == 4 else seat[:1]).float().clone()
-    conditioning = [[_own(embedding), _own(extra)] for embedding, extra in material.token]
-    guider(copy, conditioning).sample(
-        torch.zeros_like(seat), seat, sampler, torch.tensor([1.0, 0.0]), disable_pbar=True, seed=settings.seed
-    )
-    return sampler.tuned
-
-
-def train(
-    model: Any,
-    material: Material,
-    settings: FineTuning,
-    on_step: Callable[[dict[str, Any]], None],
-    every: int = 25,
-    memory_check: bool = True,
-) -> Tuned:
-    """Fine-tune a copy of a MODEL; the adapters in the host's names. The MODEL itself is not changed.
-
-    on_step, every: of `fine_tune`. memory_check: refuse what would not fit. Raises ValueError for bad input; on Cancel
-    what was trained stays in `checkpoint_folder`.
-    """
-    check_model(model)
-    with _training():
-        copy = _training_copy(model, settings.precision)
-        if memory_check:
-            check_memory(copy, material, settings)
-        tuned = _in_seat(copy, material, settings, on_step, checkpoint_folder(), every)
-    return replace(tuned, lora=to_host(tuned.lora))
-
-
-def with_lora(model: Any, lora: dict[str, Tensor], strength: float = 1.0) -> Any:
-    """The MODEL with a LoRA as weight patches, by the host's own function (as LoraLoaderModelOnly does)."""
-    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]

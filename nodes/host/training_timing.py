@@ -15,8 +15,8 @@ from ...demo.text_edits import TOKEN, text_example
 from ...pipelines.dreamix.finetuning import FineTuning
 from ...pipelines.evaluation.memory import peak_memory
 from .encoding import as_images
+from .mixed_training import Material, train
 from .models import load_demo_text_models
-from .training import Material, train
 
 
 def measure(alpha: float | None, checkpointing: bool, steps: int) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def test_a_set_of_pictures_has_no_order(host, setting):
 
 def test_the_frames_are_clips_of_their_own(host, svd, monkeypatch):
     """On SVD's architecture a frame's estimate in the frames' loss does not depend on the other frames."""
-    training, temporal = host.module("nodes.host.training"), host.module("pipelines.dreamix.temporal")
+    training, mixed = host.module("nodes.host.training"), host.module("nodes.host.mixed_training")
+    temporal = host.module("pipelines.dreamix.temporal")
     settings, estimates = host.module("pipelines.dreamix.finetuning").FineTuning(), []
 
     def look(subject, *_):
@@ -135,12 +136,12 @@ def test_the_frames_are_clips_of_their_own(host, svd, monkeypatch):
             estimates.append(subject.pictures(subject.frames, levels).detach())
         return host.module("pipelines.dreamix.finetuning").Tuned({}, None)
 
-    monkeypatch.setattr(training, "fine_tune", look)
+    monkeypatch.setattr(mixed, "fine_tune", look)
     latents = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(6))
-    with training._training():
-        copy = training._training_copy(svd.model, "float32")
+    with training.training_mode():
+        copy = training.training_copy(svd.model, "float32")
         for frames in (latents, latents[1:2]):
-            training._in_seat(copy, training.Material(None, frames, svd.token), settings, print)
+            mixed._in_seat(copy, mixed.Material(None, frames, svd.token), settings, print)
     torch.testing.assert_close(estimates[0][1:2], estimates[1], rtol=1e-4, atol=1e-5)
 
 

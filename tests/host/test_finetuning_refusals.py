@@ -16,7 +16,7 @@ def never(host, monkeypatch):
     def fine_tune(*_, **__):
         raise AssertionError("it was trained all the same")
 
-    monkeypatch.setattr(host.module("nodes.host.training"), "fine_tune", fine_tune)
+    monkeypatch.setattr(host.module("nodes.host.mixed_training"), "fine_tune", fine_tune)
 
 
 WIDE = [[torch.ones(1, 4, 768), {}]]
@@ -101,15 +101,15 @@ def test_what_does_not_fit_is_refused(host, setting, monkeypatch, checkpointing,
 
 def test_the_estimate_grows_with_the_clip(host, svd):
     """What is counted on a corner is, carried over, what the whole clip keeps."""
-    training = host.module("nodes.host.training")
+    training, mixed = host.module("nodes.host.training"), host.module("nodes.host.mixed_training")
     settings = host.module("pipelines.dreamix.finetuning").FineTuning(steps=1, alpha=1.0, rank=2)
     latents = torch.randn(6, 4, 24, 24, generator=torch.Generator().manual_seed(7))
-    material = training.Material(latents, None, svd.token)
-    with training._training():
-        copy = training._training_copy(svd.model, "float32")
-        carried_over = training._kept(copy, material, settings)
+    material = mixed.Material(latents, None, svd.token)
+    with training.training_mode():
+        copy = training.training_copy(svd.model, "float32")
+        carried_over = mixed._kept(copy, material, settings)
         with training.Kept(copy.model.diffusion_model) as whole:
-            training._in_seat(copy, material, settings, lambda step: None)
+            mixed._in_seat(copy, material, settings, lambda step: None)
     assert carried_over == pytest.approx(whole.bytes, rel=0.2)
 
 
