@@ -140,18 +140,19 @@ def test_a_patch_of_strength_0_is_bit_for_bit_the_model(pipeline, tuned):
     assert torch.equal(pipeline.family.denoise(x, sigma, context), plain)
 
 
-@torch.no_grad()
-def test_changes_of_the_queries_are_added_to_the_models_weights_by_the_patchs_strength(pipeline):
+@pytest.mark.parametrize(("place", "blocks"), [("all", tiny.BLOCKS), ("middle", tiny.BLOCKS[1:2])])
+def test_changes_of_the_queries_are_added_to_the_chosen_blocks_weights_by_the_patchs_strength(pipeline, place, blocks):
     weights, _ = pipeline.tune(tiny.video(), CAPTION, SHORT, PER_FRAME)
     x, sigma, context = latents(), torch.ones(tiny.FRAMES), pipeline.family.embed([PROMPT])
-    changed = tiny.family()
-    layers = query_layers(changed.network)
-    for name, diff in weights.queries().items():
-        layers[name].weight.add_(0.5 * diff)
-    expected = changed.denoise(x, sigma, context)
-    with pipeline.patched(tiny.FRAMES, weights, replace(FEW, patch_strength=0.5), PER_FRAME):
-        assert torch.allclose(pipeline.family.denoise(x, sigma, context), expected, atol=1e-5)
-    assert not torch.allclose(pipeline.family.denoise(x, sigma, context), expected, atol=1e-3)
+    settings, changed = replace(FEW, patch_strength=0.5, place=place), tiny.family()
+    with torch.no_grad():
+        for name, layer in query_layers(changed.network).items():
+            if name.rpartition(".attn")[0] in blocks:
+                layer.weight.add_(0.5 * weights.queries()[name])
+        expected = changed.denoise(x, sigma, context)
+        with pipeline.patched(tiny.FRAMES, weights, settings, PER_FRAME):
+            assert torch.allclose(pipeline.family.denoise(x, sigma, context), expected, atol=1e-5)
+        assert not torch.allclose(pipeline.family.denoise(x, sigma, context), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,8 @@ def test_the_modules_of_a_file_are_those_that_were_tuned(network, file):
 def test_changes_of_the_queries_go_by_their_layers(weights):
     queries = weights.queries()
     assert set(queries) == {f"{block}.{layer}" for block in tiny.BLOCKS for layer in ("attn1.to_q", "attn2.to_q")}
+    some = weights.queries(tiny.BLOCKS[1:2])
+    assert set(some) == {f"{tiny.BLOCKS[1]}.attn1.to_q", f"{tiny.BLOCKS[1]}.attn2.to_q"}
     assert queries[f"{tiny.BLOCKS[1]}.attn2.to_q"] is weights.tensors[f"{tiny.BLOCKS[1]}.attn2.to_q.diff"]
 
 

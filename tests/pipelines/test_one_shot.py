@@ -319,12 +319,16 @@ def test_a_run_is_written_on_the_way(subject, tmp_path):
 def test_other_clips_captions_settings_and_models_do_not_take_a_file_that_is_not_theirs(subject, tmp_path):
     with pytest.raises(Cancelled):
         one_shot_tune(subject, FEW, callback=cancel_at(2), checkpoints=tmp_path)
+    changed = tiny.family()
+    changed.network.conv_in.weight.data.add_(0.01)
     others = [
         (replace(subject, clip=subject.clip + 1), FEW, InflationSettings()),
         (replace(subject, caption="a blue circle"), FEW, InflationSettings()),
         (subject, replace(FEW, seed=1), InflationSettings()),
         (subject, FEW, InflationSettings(temporal="Tune-A-Video")),
-        (subject_of(tiny.family(seed=1)), FEW, InflationSettings()),
+        (replace(subject, path=V), FEW, InflationSettings()),
+        (replace(subject, sigmas=subject.sigmas[:900]), FEW, InflationSettings()),
+        (subject_of(changed), FEW, InflationSettings()),
     ]
     for other, settings, inflation in others:
         steps = []
