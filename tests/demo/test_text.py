@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from rewind.demo import captions, text
 from rewind.demo.keys import text_to_checkpoint
 from rewind.demo.models import build_unet
-from rewind.pipelines.dreamix.text import encode_prompts
+from rewind.pipelines.text import encode_prompts
 
 
 @pytest.fixture(scope="module")

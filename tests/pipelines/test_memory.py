@@ -14,12 +14,12 @@ def test_the_peak_grows_with_what_is_held_and_stays():
     during = peak_memory()
     assert during - before > 100
     del held
-    assert peak_memory() >= during
+    assert peak_memory() >= during - 1  # the system counts in steps
 
 
 def test_a_process_does_not_begin_at_what_its_parent_holds():
-    held = torch.ones(int(peak_memory() + 500) * 2**18)
+    held = torch.ones(2000 * 2**18)  # MiB; a process that has loaded torch and no more holds a quarter of it
     code = "from rewind.pipelines.evaluation.memory import peak_memory; print(peak_memory())"
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300).stdout
-    assert float(told) < peak_memory() - 100
+    assert 0 < float(told) < 1500
     del held
