@@ -30,6 +30,7 @@ WITHOUT_WHICH_NOTHING_RUNS = {
     "pipelines/videoshop/inversion.py",
     "demo/rewind_demo_svd.safetensors",
     "demo/rewind_demo_t2v.safetensors",
+    "demo/rewind_demo_t2i.safetensors",
     "demo/tokenizer/vocab.json",
     "demo/tokenizer/merges.txt",
     "demo/tokenizer/tokenizer_config.json",
