@@ -137,7 +137,7 @@ def _record(studio: Studio, job: Job, name: str, edit: ImageEdit, frames: Tensor
 
 def _references(studio: Studio, job: Job, edit: ImageEdit) -> list[Record]:
     family = studio.pipeline.family
-    through = family.decode(family.encode(edit.example.target))
+    through = family.decode(family.encode_clip(edit.example.target))
     clips = dict(zip(REFERENCES, (through, edit.example.source), strict=True))
     return [_record(studio, job, name, edit, clip) for name, clip in clips.items()]
 

@@ -101,7 +101,7 @@ def without_vae(pipeline: EI2Pipeline) -> EI2Pipeline:
         shape = (len(frames), 4, frames.shape[-2] // 8, frames.shape[-1] // 8)
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(family.device)
 
-    family.encode, family.decode = encode, lambda latents: latents
+    family.encode_clip, family.decode = encode, lambda latents: latents
     return EI2Pipeline(family)
 
 

@@ -18,7 +18,7 @@ from ..demo.text_edits import SEEDS
 from ..demo.text_to_image import without_motion
 from ..pipelines.ei2.family import TextToImage
 from ..pipelines.videoshop.denoising import GuidedDenoiser, sample_euler
-from .text_to_video import Share
+from .text_to_video import Share, shares
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,7 @@ def measure(model: TextToImage, seed: int, settings: Sampling = SETTINGS) -> dic
 
 def judge(rows: list[dict[str, Any]]) -> list[Share]:
     """The share of each thing that is read; all pictures count."""
-    found = []
-    for key, gate in READ.items():
-        what = "one object" if key == "object" else f"the caption's {key}"
-        right = sum(row[key] for row in rows)
-        found.append(Share(key, f"text-to-image: {what}", right, len(rows), LIMIT if gate else None))
-    return found
+    return shares(rows, READ, "text-to-image", "one object", LIMIT)
 
 
 def seeds_of(name: str, clips: int) -> list[int]:

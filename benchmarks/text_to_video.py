@@ -87,14 +87,19 @@ class Share:
         ]
 
 
+def shares(rows: list[dict[str, Any]], read: dict[str, bool], model: str, one: str, limit: float) -> list[Share]:
+    """The share of each thing that is read, and whether it is a gate; all rows count. one: how "object" is named."""
+    found = []
+    for key, gate in read.items():
+        what = one if key == "object" else f"the caption's {key}"
+        right = sum(row[key] for row in rows)
+        found.append(Share(key, f"{model}: {what}", right, len(rows), limit if gate else None))
+    return found
+
+
 def judge(rows: list[dict[str, Any]]) -> list[Share]:
     """The share of each thing that is read; all clips count."""
-    found = []
-    for key, gate in READ.items():
-        what = "one object in every frame" if key == "object" else f"the caption's {key}"
-        right = sum(row[key] for row in rows)
-        found.append(Share(key, f"text-to-video: {what}", right, len(rows), LIMIT if gate else None))
-    return found
+    return shares(rows, READ, "text-to-video", "one object in every frame", LIMIT)
 
 
 def seeds_of(name: str, clips: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .denoiser import NoisePath, V, karras_sigmas
+from .denoiser import EPS, DiscreteTimes, NoisePath, V, karras_sigmas
 from .text import encode_prompts
 
 
@@ -61,3 +61,15 @@ class Family:
     def schedule(self, steps: int) -> Tensor:
         """Noise levels [steps + 1] from the model's highest to 0."""
         return karras_sigmas(steps, *self.sigma_range).float()
+
+
+class DiscreteFamily(Family):
+    """Models of a discrete schedule. alphas: its cumulative products [n]; predicts_v: what they were taught."""
+
+    def __init__(
+        self, network, vae, text_encoder, tokenizer, alphas: Tensor, predicts_v: bool = False, chunk: int = 16
+    ):
+        super().__init__(network, vae, text_encoder, tokenizer, chunk)
+        self.times = DiscreteTimes(alphas)
+        self.path = V if predicts_v else EPS
+        self.sigma_range = self.times.sigma_range

@@ -36,8 +36,8 @@ class Clip:
     uneven: bool = False  # the file shows its frames for different lengths of time
 
 
-def check_frames(frames: Tensor, multiple: int = 8, name: str = "clip") -> None:
-    """ValueError unless frames are [T >= 1, 3, H, W] in 0..1 with both sides multiples of what the model takes."""
+def check_frames(frames: Tensor, multiple: int = 8, name: str = "clip", least: int = 1) -> None:
+    """ValueError unless frames are [T >= least, 3, H, W] in 0..1 with both sides multiples of what the model takes."""
     if frames.ndim != 4 or frames.shape[1] != 3 or len(frames) == 0:
         shape = tuple(frames.shape)
         raise ValueError(f"got a {name} of shape {shape}; it must be [frames, 3, height, width], not empty")
@@ -48,6 +48,8 @@ def check_frames(frames: Tensor, multiple: int = 8, name: str = "clip") -> None:
             f"{max(1, width // multiple) * multiple}x{max(1, height // multiple) * multiple} for example"
         )
     check_pixels(frames, name)
+    if len(frames) < least:
+        raise ValueError(f"got {len(frames)} frames; a {name} has at least {least}")
 
 
 def check_pixels(pixels: Tensor, name: str) -> None:

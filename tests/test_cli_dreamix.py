@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import tiny_text_video as tiny
 import torch
+from ctrl_c import interrupt_at
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -337,20 +338,6 @@ def test_a_kept_fine_tuning_gives_the_same_clip(folder, tiny_pipeline, capsys):
     capsys.readouterr()
     assert dreamix(folder, *SAMPLING, "--lora", kept, "--token", "sks", "--force") == 0
     assert "was learnt under the word zwx, not sks" in capsys.readouterr().out
-
-
-def interrupt_at(pipeline, monkeypatch, call):
-    """Press Ctrl-C in the middle of the network's call of that number; None for never again."""
-    family, calls = pipeline.family, []
-    denoise = type(family).denoise
-
-    def pressed(*args, **options):
-        calls.append(1)
-        if len(calls) == call:
-            signal.raise_signal(signal.SIGINT)
-        return denoise(family, *args, **options)
-
-    monkeypatch.setattr(family, "denoise", pressed)
 
 
 def test_an_interrupted_run_tells_how_to_go_on_and_goes_on_exactly(folder, tiny_pipeline, monkeypatch, capsys):

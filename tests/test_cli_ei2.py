@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import tiny_text_image as tiny
 import torch
+from ctrl_c import interrupt_at
 from safetensors.torch import load_file, save_file
 
 from rewind import cli
@@ -340,20 +341,6 @@ def test_the_written_clip_is_the_pipelines(folder, tiny_pipeline):
     settings = EI2Settings(2, 2.0, strength=0.5, refine=1, place="output")
     write_video("expected.mp4", tiny_pipeline.edit(clip, PROMPT, settings, weights).frames, 12)
     assert torch.equal(read_video("out.mp4").frames, read_video("expected.mp4").frames)
-
-
-def interrupt_at(pipeline, monkeypatch, call):
-    """Press Ctrl-C in the middle of the network's call of that number; None for never again."""
-    family, calls = pipeline.family, []
-    denoise = type(family).denoise
-
-    def pressed(*args, **options):
-        calls.append(1)
-        if len(calls) == call:
-            signal.raise_signal(signal.SIGINT)
-        return denoise(family, *args, **options)
-
-    monkeypatch.setattr(family, "denoise", pressed)
 
 
 def test_an_interrupted_run_tells_how_to_go_on_and_goes_on_exactly(folder, tiny_pipeline, monkeypatch, capsys):

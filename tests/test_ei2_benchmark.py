@@ -38,7 +38,7 @@ def encoder():
 class Same:
     """In place of a model: frames are their own latents."""
 
-    encode = decode = staticmethod(lambda frames: frames)
+    encode_clip = decode = staticmethod(lambda frames: frames)
 
 
 class Knowing:

@@ -183,7 +183,7 @@ class Kept:
         return sum(size for pointer, size in self.storages.items() if pointer not in self.weights)
 
 
-def check_free(copy: Any, kept: float, checkpointing: bool, shorter: str = "fewer or smaller frames") -> None:
+def check_free(copy: Any, kept: float, checkpointing: bool) -> None:
     """ValueError where training a loaded copy would not fit into the memory that is free.
 
     kept: bytes that autograd keeps of one loss without checkpointing.
@@ -191,7 +191,7 @@ def check_free(copy: Any, kept: float, checkpointing: bool, shorter: str = "fewe
     needed = (RECOMPUTED if checkpointing else KEPT) * kept + RESERVE
     free = comfy.model_management.get_free_memory(copy.load_device)
     if needed > free:
-        help_ = shorter + ("" if checkpointing else ", or gradient_checkpointing")
+        help_ = "fewer or smaller frames" + ("" if checkpointing else ", or gradient_checkpointing")
         raise ValueError(
             f"fine-tuning on these frames needs about {needed / 2**30:.1f} GiB beside the model, and "
             f"{free / 2**30:.1f} GiB can be had: use {help_} (memory_check can be turned off)"

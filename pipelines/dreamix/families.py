@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..denoiser import EPS, FLOW, DiscreteTimes, V, discrete_denoised, edm_scalings
-from ..families import Family
+from ..denoiser import FLOW, discrete_denoised, edm_scalings
+from ..families import DiscreteFamily, Family
 
 # fps - 1, motion bucket and augmentation level of TextSVD: what the host tells a model of SVD's class where a
 # CONDITIONING does not speak of them.
@@ -54,16 +54,8 @@ class TextSVD(Family):
         return c_skip * x.float() + c_out * output.float()
 
 
-class ModelScope(Family):
-    """UNet3DConditionModel. alphas: the training schedule's cumulative products [n]; predicts_v: what it was taught."""
-
-    def __init__(
-        self, network, vae, text_encoder, tokenizer, alphas: Tensor, predicts_v: bool = False, chunk: int = 16
-    ):
-        super().__init__(network, vae, text_encoder, tokenizer, chunk)
-        self.times = DiscreteTimes(alphas)
-        self.path = V if predicts_v else EPS
-        self.sigma_range = self.times.sigma_range
+class ModelScope(DiscreteFamily):
+    """UNet3DConditionModel."""
 
     def encode_clip(self, frames: Tensor) -> Tensor:
         return self.encode_pictures(frames)[:, :, 0].movedim(0, 1)[None]

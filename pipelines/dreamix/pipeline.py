@@ -84,10 +84,8 @@ class DreamixPipeline:
 
     def check_clip(self, frames: Tensor) -> None:
         """ValueError unless frames are a clip that the model takes: [T >= 2, 3, H, W], T = 4 n + 1 for Wan."""
-        check_frames(frames, self.family.multiple)
+        check_frames(frames, self.family.multiple, least=2)
         stride = self.family.stride
-        if len(frames) < 2:
-            raise ValueError(f"got {len(frames)} frames; a clip has at least 2")
         if (len(frames) - 1) % stride:
             fitting = (len(frames) - 1) // stride * stride + 1
             raise ValueError(f"got {len(frames)} frames; this model takes {stride} n + 1: {fitting} for example")

@@ -12,29 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import EPS, DiscreteTimes, V, discrete_denoised
-from ..families import Family
+from ..denoiser import discrete_denoised
+from ..families import DiscreteFamily
 
 KINDS = ("StableDiffusionPipeline",)  # of diffusers' pipelines
 
 
-class TextToImage(Family):
-    """UNet2DConditionModel. alphas: the training schedule's cumulative products [n]; predicts_v: what it was taught.
+class TextToImage(DiscreteFamily):
+    """UNet2DConditionModel.
 
     The VAE may have a temporal decoder, as the embedded model's: it takes the frames that it decodes for one clip.
     """
-
-    def __init__(
-        self, network, vae, text_encoder, tokenizer, alphas: Tensor, predicts_v: bool = False, chunk: int = 16
-    ):
-        super().__init__(network, vae, text_encoder, tokenizer, chunk)
-        self.times = DiscreteTimes(alphas)
-        self.path = V if predicts_v else EPS
-        self.sigma_range = self.times.sigma_range
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """Latents of frames [T, 3, H, W] in 0..1."""
-        return self.encode_pictures(frames)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

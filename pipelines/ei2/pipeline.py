@@ -88,9 +88,7 @@ class EI2Pipeline:
 
     def check_clip(self, frames: Tensor) -> None:
         """ValueError unless frames are a clip that the model takes: [T >= 2, 3, H, W] in 0..1."""
-        check_frames(frames, self.family.multiple)
-        if len(frames) < 2:
-            raise ValueError(f"got {len(frames)} frames; a clip has at least 2")
+        check_frames(frames, self.family.multiple, least=2)
 
     # --- tuning -------------------------------------------------------------------------------------------------------
 
@@ -114,7 +112,7 @@ class EI2Pipeline:
         subject = Subject(
             network=family.network,
             denoise=lambda x, sigma: family.denoise(x, sigma, context),
-            clip=family.encode(frames),
+            clip=family.encode_clip(frames),
             sigmas=family.times.log_sigmas.exp().float(),
             inflate=lambda inflation: inflated(family.network, inflation, len(frames)),
             path=family.path,
@@ -176,7 +174,7 @@ class EI2Pipeline:
             rewinding = GuidedDenoiser(lambda x, sigma: family.denoise(x, sigma, plain), None)
             latents = sample_edm_inversion(
                 rewinding,
-                family.encode(frames),
+                family.encode_clip(frames),
                 sigmas.flip(0),
                 callback=callback,
                 disable=True,
@@ -206,7 +204,7 @@ class EI2Pipeline:
         """The shift of every temporal module on a clip under a prompt, at some shares of the training times."""
         self.check_clip(frames)
         family, context, probe = self.family, self.family.embed([prompt]), Probe()
-        clean = family.encode(frames)
+        clean = family.encode_clip(frames)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean)
         levels = family.times.log_sigmas.exp().float()
         with self.patched(len(frames), weights, EI2Settings(), weights.settings, probe):

@@ -14,13 +14,7 @@ SIDE = 12  # of the latents of a picture of 96 x 96
 @pytest.fixture(scope="module", params=["random", "stored"])
 def file(host, request, tmp_path_factory):
     """The model's file: random weights as they would be shipped, and what is shipped."""
-    stored = host.module("demo.models").IMAGE_WEIGHTS
-    if request.param == "random":
-        folder = tmp_path_factory.mktemp("weights")
-        return tiny_models.save_weights(tiny_models.image_checkpoint(host, seed=5), folder / "image.safetensors")
-    if not stored.is_file() or stored.with_suffix(".random").is_file():
-        pytest.skip("the embedded text-to-image model's weights are not there")
-    return stored
+    return tiny_models.model_file(host, "rewind_demo_t2i", request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +102,7 @@ def test_the_text_encoder_and_the_vae_are_the_other_models(host, ours, theirs):
     latents = ours[2].encode(image)
     assert torch.equal(latents, vae.encode(image))
     in_model_space = ours[0].model.process_latent_in(latents)
-    torch.testing.assert_close(in_model_space, theirs.encode(image.movedim(-1, 1)), **CLOSE)
+    torch.testing.assert_close(in_model_space, theirs.encode_clip(image.movedim(-1, 1)), **CLOSE)
 
 
 # --- in the host ------------------------------------------------------------------------------------------------------

@@ -19,13 +19,7 @@ PROMPTS = [
 @pytest.fixture(scope="module", params=["random", "stored"])
 def file(host, request, tmp_path_factory):
     """The model's file: random weights as they would be shipped, and what is shipped."""
-    stored = host.module("demo.models").TEXT_WEIGHTS
-    if request.param == "random":
-        folder = tmp_path_factory.mktemp("weights")
-        return tiny_models.save_weights(tiny_models.text_checkpoint(host, seed=5), folder / "text.safetensors")
-    if not stored.is_file() or stored.with_suffix(".random").is_file():
-        pytest.skip("the embedded text-to-video model's weights are not there")
-    return stored
+    return tiny_models.model_file(host, "rewind_demo_t2v", request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

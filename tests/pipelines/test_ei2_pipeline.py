@@ -49,8 +49,8 @@ class Counted(TextToImage):
         self.asked.append((float(sigma[0]), context))
         return super().denoise(x, sigma, context)
 
-    def encode(self, frames):
-        return super().encode(frames) if self.latents is None else self.latents
+    def encode_clip(self, frames):
+        return super().encode_clip(frames) if self.latents is None else self.latents
 
     def decode(self, latents):
         return super().decode(latents) if self.latents is None else latents

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 SHAPES = {  # of the latents to test with
@@ -106,6 +107,16 @@ def ensure_weights(host: Any, pack: Path, asked: tuple[str, ...] = VIDEO) -> boo
         if not file.exists():
             save_weights(WEIGHTS[name](host), file).with_suffix(".random").touch()
     return not any(files[name].with_suffix(".random").exists() for name in asked)
+
+
+def model_file(host: Any, name: str, which: str, folders: pytest.TempPathFactory) -> Path:
+    """A model's file: "random" weights as they would be shipped, or what is "stored"; skips where that is missing."""
+    if which == "random":
+        return save_weights(WEIGHTS[name](host, seed=5), folders.mktemp("weights") / f"{name}.safetensors")
+    stored = host.pack / "demo" / f"{name}.safetensors"
+    if not stored.is_file() or stored.with_suffix(".random").is_file():
+        pytest.skip(f"the weights of {name} are not there")
+    return stored
 
 
 def svd(host: Any) -> Any:
