@@ -42,7 +42,7 @@ async def comfy_entrypoint():
 
 
 def _nodes() -> list[type]:
-    from .nodes import demo, dreamix, finetuning, inspection, preparation, videoshop
+    from .nodes import demo, dreamix, ei2, finetuning, inspection, preparation, videoshop
 
     return [
         preparation.VideoshopConditioning,
@@ -58,8 +58,14 @@ def _nodes() -> list[type]:
         dreamix.DreamixCorrupt,
         dreamix.DreamixCoarseVideo,
         finetuning.DreamixFineTune,
+        ei2.EI2TemporalPatch,
+        ei2.EI2OneShotTune,
+        ei2.EI2LoadWeights,
+        ei2.EI2SaveWeights,
+        ei2.CovariateShiftProbe,
         demo.DemoImageToVideo,
         demo.DemoTextToVideo,
+        demo.DemoTextToImage,
         demo.DemoClip,
         demo.DemoTextEdit,
     ]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import help_ei2
 from help_studio import COLUMNS, NOISE_SEED, SIZE, STEPS, Studio, picture, stack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -260,6 +261,7 @@ PICTURES: dict[str, Callable[[Studio], Any]] = {
     "RewindDreamixCorrupt.jpg": dreamix_corrupt,
     "RewindDreamixFineTune.jpg": dreamix_fine_tune,
     "RewindDreamixCoarseVideo.jpg": dreamix_coarse_video,
+    **help_ei2.PICTURES,
 }
 
 

@@ -16,6 +16,7 @@ class Studio:
         self.run = host.run_node
         self.figures, self.inspection = host.module("nodes.figures"), host.module("nodes.inspection")
         self.edits, self.text_edits = host.module("demo.world").EDITS, host.module("demo.text_edits").KINDS
+        self.image_edits, self.inflating = host.module("demo.image_edits"), host.module("benchmarks.inflating")
         self.model, self.clip_vision, self.vae = self.run("RewindDemoImageToVideo")
         video, self.edited_frame, self.truth, self.mask = self.run("RewindDemoClip")
         self.clip = video.get_components().images

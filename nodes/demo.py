@@ -11,7 +11,7 @@ from ..demo.text_edits import KINDS, TOKEN, text_example
 from ..demo.world import EDITS
 from ..pipelines.videoshop.settings import DEFAULT
 from .host.encoding import as_images
-from .host.models import load_demo_models, load_demo_text_models
+from .host.models import load_demo_image_models, load_demo_models, load_demo_text_models
 from .host.schema import Schema
 
 CATEGORY = "Rewind/Demo"
@@ -69,6 +69,33 @@ class DemoTextToVideo(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(*load_demo_text_models())
+
+
+class DemoTextToImage(io.ComfyNode):
+    """The embedded tiny text-to-image model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="RewindDemoTextToImage",
+            display_name="Rewind Demo Models (text to image)",
+            category=CATEGORY,
+            description="A tiny text-to-image model that comes with Rewind: the architecture of Stable Diffusion 1.5, "
+            "trained on single frames of a world of moving shapes. It knows captions such as: a red circle on a blue "
+            "background. Any other word means nothing to it. It runs in seconds without a graphics card: pictures of "
+            "96 x 96. Replace it with Load Checkpoint and a model of Stable Diffusion 1.5 for real clips.",
+            search_aliases=["SD 1.5", "text to image", "tiny model", "example model"],
+            inputs=[],
+            outputs=[
+                io.Model.Output("model", tooltip="The text-to-image MODEL."),
+                io.Clip.Output("clip", tooltip="Its text encoder, for CLIP Text Encode: the text-to-video model's."),
+                io.Vae.Output("vae", tooltip="Its VAE, with a temporal decoder: that of the image-to-video model."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*load_demo_image_models())
 
 
 class DemoClip(io.ComfyNode):

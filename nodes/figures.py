@@ -105,6 +105,27 @@ def loss_curves(losses: dict[str, Sequence[float]], most: int = 60) -> Image.Ima
     return curves("loss", f"{steps} steps", lines)
 
 
+def bars(title: str, names: Sequence[str], measures: dict[str, Sequence[float]], width: int = 560) -> Image.Image:
+    """A row a name with a bar for each measure, all to one scale, and its value."""
+    thick, gap = 9, 8
+    row = len(measures) * (thick + 2) + gap
+    top, left, right = 2 * LINE + MARGIN, 150, width - 60
+    picture, draw = _canvas(width, top + row * len(names) + MARGIN)
+    most = max(max(values) for values in measures.values()) or 1.0
+    _write(draw, MARGIN, MARGIN // 2, title)
+    for number, (name, values) in enumerate(measures.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        _write(draw, left + number * (right - left) / len(measures), LINE + MARGIN // 2, name, colour)
+        for index, value in enumerate(values):
+            y = top + index * row + number * (thick + 2)
+            end = left + (right - left) * value / most
+            draw.rectangle((left, y, max(left + 1, end), y + thick - 1), fill=colour)
+            _write(draw, end + 4, y - 4, f"{value:.3f}")
+    for index, name in enumerate(names):
+        _write(draw, MARGIN, top + index * row + (row - gap - LINE) // 2, name)
+    return picture
+
+
 def matrix(title: str, axis: str, values: Tensor, size: int = 300) -> Image.Image:
     """A square matrix of values from -1 (blue) over 0 (white) to 1 (red)."""
     picture, draw = _canvas(size, size)

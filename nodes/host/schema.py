@@ -14,6 +14,7 @@ from server import PromptServer
 _KNOWN = set(io.Schema.__dataclass_fields__)
 
 InversionType = io.Custom("REWIND_INVERSION")
+EI2WeightsType = io.Custom("REWIND_EI2_WEIGHTS")
 
 # `advanced` is a keyword of inputs on newer hosts only; as an extra entry every host passes it on to the page.
 ADVANCED = {"advanced": True}

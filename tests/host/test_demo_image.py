@@ -175,11 +175,11 @@ def test_a_red_circle_is_a_red_circle(host):
 
 
 @torch.inference_mode()
-def test_what_is_stored_is_loaded(host):
+def test_the_node_loads_what_is_stored(host):
     tiny_models.ensure_weights(host, host.pack)
-    builders, models = host.module("nodes.host.models"), host.module("demo.models")
-    model, clip, vae = builders.load_demo_image_models()
+    model, clip, vae = host.run_node("RewindDemoTextToImage")
     _, text_clip, its_vae = host.run_node("RewindDemoTextToVideo")
+    builders, models = host.module("nodes.host.models"), host.module("demo.models")
     config = host.module("demo.text_to_image").TextToImageConfig()
     stored = builders.load_demo_image_unet(models.IMAGE_WEIGHTS, config).model.state_dict()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.model.state_dict().items())

@@ -1,0 +1,335 @@
+"""EI²'s weights on disk through its nodes, and what all its nodes refuse, before anything is sampled or trained."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import fine_tuning
+import one_shot
+import pytest
+import tiny_models
+import torch
+from one_shot import denoised, noisy, patch, prompt, random_weights
+
+SAVE, LOAD = "RewindEI2SaveWeights", "RewindEI2LoadWeights"
+
+
+@pytest.fixture(scope="module")
+def sd15(host):
+    return one_shot.sd15()
+
+
+@pytest.fixture(scope="module")
+def weights(host, sd15):
+    return random_weights(host, sd15, axes="frames + space", factor=3)
+
+
+@pytest.fixture(scope="module")
+def setting(host, tmp_path_factory):
+    return one_shot.demo(host, tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture
+def folder(host):
+    """models/ei2 of the host, empty at first."""
+    import folder_paths
+
+    folder = Path(folder_paths.get_folder_paths("ei2")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.rglob("*.*"):
+        file.unlink()
+    return folder
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def listed(host):
+    return host.mappings[LOAD].INPUT_TYPES()["required"]["weights_name"][1]["options"]
+
+
+def load(host, name):
+    return host.run_node(LOAD, weights_name=name)[0]
+
+
+def test_weights_come_back_from_disk(host, sd15, weights, folder):
+    """In half precision, with all that was said of them; every save has a number of its own."""
+    assert listed(host) == []
+    for prefix in ("cat", "cat", os.path.join("clips", "cat")):
+        host.run_node(SAVE, weights=weights, filename_prefix=prefix)
+    names = ["cat_00001_.safetensors", "cat_00002_.safetensors", os.path.join("clips", "cat_00001_.safetensors")]
+    assert sorted(listed(host)) == sorted(names) and all((folder / name).exists() for name in names)
+    for name in names:
+        back = load(host, name)
+        assert replace(back, tensors={}) == replace(weights, tensors={})
+        assert fine_tuning.equal(back.tensors, {key: t.half().float() for key, t in weights.tensors.items()})
+    x = noisy()
+    a, b = (denoised(host, patch(host, sd15, weights=w), x) for w in (weights, back))
+    torch.testing.assert_close(a, b, rtol=0, atol=5e-3)
+
+
+def test_the_hosts_lora_loader_reads_the_changes_of_the_queries(host, sd15, weights, folder):
+    import folder_paths
+
+    host.run_node(SAVE, weights=weights, filename_prefix="as_lora")
+    loras = Path(folder_paths.get_folder_paths("loras")[0])
+    loras.mkdir(parents=True, exist_ok=True)
+    (folder / "as_lora_00001_.safetensors").rename(loras / "as_lora.safetensors")
+    (loaded,) = host.run_node("LoraLoaderModelOnly", model=sd15, lora_name="as_lora.safetensors", strength_model=1.0)
+    assert loaded.patches.keys() == patch(host, sd15, weights=weights).patches.keys()
+    ours, x = patch(host, sd15, weights=load_half(weights), attention="own frame"), noisy()
+    ours.model_options["transformer_options"]["patches"]["middle_patch"].clear()  # only the queries' changes are left
+    assert torch.equal(denoised(host, loaded, x), denoised(host, ours, x))
+
+
+def load_half(weights):
+    return replace(weights, tensors={key: t.half().float() for key, t in weights.tensors.items()})
+
+
+def test_a_file_that_changed_is_read_again(host, weights, folder):
+    """By the fingerprint that tells the host whether what it kept is still right."""
+    host.run_node(SAVE, weights=weights, filename_prefix="x")
+    node, (name,) = host.mappings[LOAD], listed(host)
+    first = node.fingerprint_inputs(weights_name=name)
+    assert node.fingerprint_inputs(weights_name=name) == first
+    os.utime(folder / name, ns=(1, 1))
+    assert node.fingerprint_inputs(weights_name=name) != first
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("rewind_was_fooled",))
+
+
+def _truncated(good, file):
+    file.write_bytes(good[: len(good) // 2])
+
+
+def _pickle(good, file):
+    file.write_bytes(pickle.dumps(Bomb()))
+
+
+def _something_else(good, file):
+    tiny_models.save_weights({"diffusion_model.x.lora_up.weight": torch.zeros(2, 2)}, file)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (_truncated, "bad.safetensors is not a whole safetensors file"),
+        (_pickle, "bad.safetensors is not a whole safetensors file"),
+        (_something_else, "bad.safetensors holds no EI² weights"),
+        (lambda good, file: file.write_bytes(b""), "bad.safetensors is not a whole safetensors file"),
+        (lambda good, file: file.write_bytes(good.replace(b'\\"factor\\"', b'\\"factxr\\"')), "another version"),
+    ],
+    ids=["truncated", "a pickle", "another file", "empty", "another version"],
+)
+def test_broken_files_are_refused(host, weights, folder, tmp_path, monkeypatch, spoil, message):
+    monkeypatch.chdir(tmp_path)
+    host.run_node(SAVE, weights=weights, filename_prefix="good")
+    good = (folder / "good_00001_.safetensors").read_bytes()
+    spoil(good, folder / "bad.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load(host, "bad.safetensors")
+    assert not any(tmp_path.iterdir()), "nothing in a file is executed"
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "clips/../../secret.safetensors", "absolute", "none", ""])
+def test_no_name_leads_out_of_the_folder(host, weights, folder, name):
+    host.run_node(SAVE, weights=weights, filename_prefix="secret")
+    secret = (folder / "secret_00001_.safetensors").rename(folder.parent / "secret.safetensors")
+    with pytest.raises(FileNotFoundError, match="no EI² weights named"):
+        load(host, str(secret) if name == "absolute" else name)
+    secret.unlink()
+
+
+@pytest.mark.parametrize("prefix", ["../x", "clips/../../x", "absolute", "", "  ", "."])
+def test_nothing_is_saved_outside_the_folder(host, weights, folder, tmp_path, prefix):
+    before = set(folder.parent.rglob("*"))
+    prefix = str(tmp_path / "x") if prefix == "absolute" else prefix
+    with pytest.raises(ValueError, match="filename_prefix"):
+        host.run_node(SAVE, weights=weights, filename_prefix=prefix)
+    assert set(folder.parent.rglob("*")) == before and not any(tmp_path.iterdir())
+
+
+# --- models and weights that do not fit ------------------------------------------------------------------------------
+
+
+def as_flow(model):
+    """A MODEL of ours that samples as a flow."""
+    import comfy.model_sampling
+
+    class Flow(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.CONST):
+        pass
+
+    model = model.clone()
+    model.add_object_patch("model_sampling", Flow(model.model.model_config))
+    return model
+
+
+OTHERS = {
+    "svd": tiny_models.svd,
+    "wan": tiny_models.wan,
+    "ltxv": tiny_models.ltxv,
+    "hunyuan": tiny_models.hunyuan,
+    "a flow": lambda host: as_flow(one_shot.sd15()),
+}
+
+
+@pytest.fixture
+def never(host, monkeypatch):
+    """Fails where anything is trained or sampled after all."""
+    import comfy.samplers
+
+    def run(*_, **__):
+        raise AssertionError("it was run all the same")
+
+    monkeypatch.setattr(host.module("nodes.host.one_shot"), "one_shot_tune", run)
+    monkeypatch.setattr(comfy.samplers.CFGGuider, "sample", run)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_models_are_told_what_is_taken(host, setting, sd15, weights, never, other):
+    model, x = OTHERS[other](host), {"samples": noisy()}
+    with pytest.raises(ValueError, match=r"Stable Diffusion 1\.x, 2\.x and SDXL"):
+        patch(host, model)
+    with pytest.raises(ValueError, match=r"Stable Diffusion 1\.x, 2\.x and SDXL"):
+        setting.tune(host, model=model)
+    with pytest.raises(ValueError, match=r"Stable Diffusion 1\.x, 2\.x and SDXL"):
+        host.run_node(one_shot.PROBE, model=model, weights=weights, samples=x, conditioning=prompt(sd15))
+
+
+def test_a_distilled_model_is_refused(host, setting, never):
+    (model,) = host.run_node("ModelSamplingDiscrete", model=setting.model, sampling="lcm", zsnr=False)
+    for run in (lambda: patch(host, model), lambda: setting.tune(host, model=model)):
+        with pytest.raises(ValueError, match="samples as LCM"):
+            run()
+
+
+def test_weights_of_another_architecture_are_refused(host, setting, sd15, weights, never):
+    message = "another architecture: they are for 7 blocks of widths 32 to 64, context 32, the model has 7 blocks"
+    with pytest.raises(ValueError, match=message):
+        patch(host, setting.model, weights=weights)
+    with pytest.raises(ValueError, match="another architecture"):
+        patch(host, setting.model, weights=weights, strength=0.0)
+    samples = {"samples": noisy()}
+    with pytest.raises(ValueError, match="another architecture"):
+        host.run_node(
+            one_shot.PROBE, model=setting.model, weights=weights, samples=samples, conditioning=setting.caption
+        )
+
+
+def test_damaged_weights_are_refused(host, sd15, weights):
+    name = next(name for name in weights.tensors if name.endswith("temporal.to_k.weight"))
+    for tensors in (
+        {key: t for key, t in weights.tensors.items() if key != name},
+        {**weights.tensors, name: torch.zeros(3, 3)},
+    ):
+        with pytest.raises(ValueError, match=f"damaged at {name.partition('.temporal')[0]}"):
+            patch(host, sd15, weights=replace(weights, tensors=tensors))
+
+
+@pytest.mark.parametrize("index", [None, 0])
+def test_self_attention_that_another_pack_has_is_left_to_it(host, sd15, weights, index):
+    """Neither wins in silence: the block and the other are named, and what can be done instead works."""
+    seen, x = [], noisy()
+
+    def other(q, k, v, extra):
+        seen.append(extra["block"])
+        return v
+
+    taken = sd15.clone()
+    taken.set_model_attn1_replace(other, "input", 3, index)
+    message = rf"self-attention of input_blocks\.3\.1\.transformer_blocks\.0 is replaced already \(by {__name__}\)"
+    for values in ({}, {"weights": weights}, {"blocks": "input"}):
+        with pytest.raises(ValueError, match=message):
+            patch(host, taken, **values)
+    for values in ({"blocks": "middle"}, {"attention": "own frame", "weights": weights}, {"strength": 0.0}):
+        seen.clear()
+        denoised(host, patch(host, taken, **values), x)
+        assert seen == [("input", 3)]
+
+
+# --- what cannot be tuned on -----------------------------------------------------------------------------------------
+
+WIDE = [[torch.ones(1, 4, 768), {}]]
+BAD = {
+    "one frame": (lambda s: {"images": s.images[:1]}, "got 1 frame; a clip has at least 2"),
+    "no frames": (lambda s: {"images": s.images[:0]}, "the frames of a clip"),
+    "grey": (lambda s: {"images": s.images[..., :1]}, "the frames of a clip"),
+    "NaN": (lambda s: {"images": s.images * float("nan")}, "images holds NaN"),
+    "NaN in the caption": (lambda s: {"caption": [[s.caption[0][0] * float("nan"), {}]]}, "caption holds NaN"),
+    "no caption": (lambda s: {"caption": []}, "caption is empty: connect CLIP Text Encode"),
+    "another CLIP": (lambda s: {"caption": WIDE}, "width 768, this MODEL takes 64: connect the CLIP"),
+    "another VAE": (lambda s: {"vae": tiny_models.wan_vae()}, "connect the VAE that belongs to the MODEL"),
+    "learning rate": (lambda s: {"learning_rate": 0.0}, "learning rate is 0"),
+    "factor": (lambda s: {"coarse_factor": 0}, "coarse factor is 0"),
+    "attention": (lambda s: {"attention": "dense"}, "one of FFAM, sparse-causal"),
+    "no copy": (lambda s: {"model": bare(s.model)}, "cannot be copied"),
+}
+
+
+def bare(model):
+    model = model.clone()
+    model.cached_patcher_init = None
+    return model
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_inputs_are_refused_before_anything_is_trained(host, setting, never, case):
+    fine_tuning.skip_old(host)
+    change, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        setting.tune(host, **change(setting))
+
+
+def test_a_taken_block_is_refused_before_anything_is_trained(host, setting, never):
+    fine_tuning.skip_old(host)
+    taken = setting.model.clone()
+    taken.set_model_attn1_replace(lambda q, k, v, extra: v, "middle", 0)
+    with pytest.raises(ValueError, match=r"self-attention of middle_block\.1\.transformer_blocks\.0 is replaced"):
+        setting.tune(host, model=taken)
+
+
+@pytest.mark.parametrize("checkpointing, help_", [(False, ", or gradient_checkpointing"), (True, "smaller frames ")])
+def test_what_does_not_fit_is_refused(host, setting, monkeypatch, checkpointing, help_):
+    import comfy.model_management as management
+
+    fine_tuning.skip_old(host)
+    reported, folder = [], host.module("nodes.host.training").checkpoint_folder()
+    with monkeypatch.context() as patch_:
+        patch_.setattr(management, "get_free_memory", lambda *_: 2**16)
+        patch_.setattr(host.module("nodes.ei2").EI2OneShotTune, "_progress", lambda steps: reported.append)
+        with pytest.raises(ValueError, match=r"needs about \d+\.\d GiB") as error:
+            setting.tune(host, memory_check=True, gradient_checkpointing=checkpointing)
+        assert help_ in str(error.value) and reported == [] and not any(folder.glob("*"))
+        assert setting.tune(host, memory_check=False, steps=1)[1].about["steps"] == 1
+
+
+def test_hosts_that_cannot_copy_a_model_say_so(host, setting, never):
+    if host.release >= (0, 33):
+        pytest.skip("this host can copy a model")
+    with pytest.raises(ValueError, match=rf"EI² One-Shot Tune.*0\.33 does.*this is {host.version}: update ComfyUI"):
+        setting.tune(host)
+
+
+CLIPS = {
+    "one frame": (noisy(1), "got 1 frame; a clip has at least 2"),
+    "other channels": (torch.ones(1, 16, 3, 8, 8), "this model takes 4 channels in 4 axes"),
+    "nothing": (torch.zeros(3, 4, 8, 8), "is empty"),
+    "NaN": (noisy() * float("nan"), "holds NaN"),
+}
+
+
+@pytest.mark.parametrize("case", CLIPS)
+def test_what_is_no_clip_is_not_measured(host, sd15, weights, never, case):
+    samples, message = CLIPS[case]
+    with pytest.raises(ValueError, match=message):
+        host.run_node(
+            one_shot.PROBE, model=sd15, weights=weights, samples={"samples": samples}, conditioning=prompt(sd15)
+        )
+    with pytest.raises(ValueError, match="conditioning holds an embedding of width 768"):
+        host.run_node(one_shot.PROBE, model=sd15, weights=weights, samples={"samples": noisy()}, conditioning=WIDE)
