@@ -1,6 +1,7 @@
-"""`make test`: style, the tests without a host, then the host tests and the browser tests once for each ComfyUI.
+"""`make test`: style, the tests without a host, the host tests and the browser tests once for each ComfyUI.
 
-Each ComfyUI gets an environment of its own. The browser tests also need a Chromium of the system's.
+Each ComfyUI gets an environment of its own. The browser tests also need a Chromium of the system's; they wait for each
+other's page, so they run last and alone. The sessions before them take one core each, and run side by side.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import sys
 import tempfile
 import venv
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,14 +80,20 @@ def in_a_host(script: str, *words: str) -> int:
     return subprocess.run([host_venv(host) / "bin" / "python", script, *words], env=environment).returncode
 
 
-def pytest(executable: Path, *arguments: str, host: Path | None = None) -> Count:
-    """Run one pytest session and count its results; a session that ends without a report counts as one failure."""
+def pytest(executable: Path, *arguments: str, host: Path | None = None, whole: bool = False) -> Count:
+    """Run one pytest session and count its results; a session that ends without a report counts as one failure.
+
+    whole: print what it says at its end alone, since another session runs beside it.
+    """
     # One thread: where cores are shared, threads that wait for each other cost tiny models ten times what they save.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "REWIND_HOST": str(host.resolve()) if host else ""}
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.xml"
         command = [executable, "-q", "-rfEs", f"--junitxml={report}", *arguments]
-        code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+        said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} if whole else {}
+        done = subprocess.run(command, cwd=ROOT, env=environment, **said)
+        if whole:
+            print(done.stdout, end="", flush=True)
         if not report.is_file():
             return Count(failed=1)
         suites = ElementTree.parse(report).getroot().iter("testsuite")
@@ -93,9 +102,33 @@ def pytest(executable: Path, *arguments: str, host: Path | None = None) -> Count
             n, skipped = int(suite.get("tests")), int(suite.get("skipped"))
             failed = int(suite.get("failures")) + int(suite.get("errors"))
             total += Count(n - failed - skipped, failed, skipped)
-    if code and not total.failed:
+    if done.returncode and not total.failed:
         total.failed = 1  # interrupted, or nothing was collected
     return total
+
+
+def beside_the_page(selection: list[str]) -> tuple[Count, Count, list[str]]:
+    """All but the browser tests, side by side: counts without a host and on hosts, and lines of the summary."""
+    elsewhere = ("tests", "--ignore=tests/host", "--ignore=tests/browser")
+    without = partial(pytest, BIN / "pytest", *elsewhere, *selection)
+    on_hosts = []
+    for host in hosts():
+        if (host / "main.py").is_file():
+            on_hosts.append(partial(pytest, host_venv(host) / "bin" / "pytest", "tests/host", *selection, host=host))
+        else:
+            on_hosts.append(partial(pytest, BIN / "pytest", "tests/host", "-rN", *selection))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # The longest first: that of the main host, which hosts() begins with.
+        order = [*on_hosts[:1], without, *on_hosts[1:]]
+        counts = {session: pool.submit(session, whole=True) for session in order}
+    lines = [f"without a host: {counts[without].result()}"]
+    for host, session in zip(hosts(), on_hosts, strict=True):
+        count = counts[session].result()
+        if (host / "main.py").is_file():
+            lines.append(f"host ComfyUI {host_version(host)} at {host}: {count}")
+        else:
+            lines.append(f"HOST TESTS SKIPPED: no ComfyUI at {host} ({count.skipped} tests)")
+    return counts[without].result(), sum((counts[session].result() for session in on_hosts), Count()), lines
 
 
 def in_the_page(selection: list[str]) -> tuple[Count, list[str]]:
@@ -131,17 +164,8 @@ def main() -> int:
     style = [
         subprocess.run([BIN / "ruff", *words, "."], cwd=ROOT).returncode for words in (["check"], ["format", "--check"])
     ]
-    total = pytest(BIN / "pytest", "tests", "--ignore=tests/host", "--ignore=tests/browser", *selection)
-    lines = ["style: " + ("FAILED" if any(style) else "ok"), f"without a host: {total}"]
-    on_hosts = Count()
-    for host in hosts():
-        if (host / "main.py").is_file():
-            count = pytest(host_venv(host) / "bin" / "pytest", "tests/host", *selection, host=host)
-            lines.append(f"host ComfyUI {host_version(host)} at {host}: {count}")
-        else:
-            count = pytest(BIN / "pytest", "tests/host", "-rN", *selection)
-            lines.append(f"HOST TESTS SKIPPED: no ComfyUI at {host} ({count.skipped} tests)")
-        on_hosts += count
+    total, on_hosts, more = beside_the_page(selection)
+    lines = ["style: " + ("FAILED" if any(style) else "ok"), *more]
     browser, browser_lines = in_the_page(selection)
     lines += browser_lines
     lines.append(f"host tests: {on_hosts.passed + on_hosts.failed} ran, {on_hosts.skipped} skipped")
