@@ -11,6 +11,7 @@ from torch import Tensor
 from ..demo.text_edits import KINDS, VARIANTS, Score, TextExample, score, text_example
 from ..pipelines.dreamix.finetuning import FineTuning
 from ..pipelines.dreamix.pipeline import DreamixPipeline, DreamixSettings
+from ..pipelines.dreamix.presets import PRESETS
 
 SETTINGS = DreamixSettings()
 TUNING = FineTuning()
@@ -34,7 +35,10 @@ class Method:
 
 @dataclass(frozen=True)
 class Job:
-    """One clip edited by one method with one seed of fine-tuning and sampling. No method: the reference rows."""
+    """One clip edited by one method with one seed of fine-tuning and sampling. No method: the reference rows.
+
+    settings: without s, factor and stride, which are those of the preset of each kind of edit, for every method.
+    """
 
     seed: int
     kinds: tuple[str, ...]
@@ -59,9 +63,10 @@ def work(pipeline: DreamixPipeline, job: Job) -> list[Record]:
     if job.method is None:
         return [record for variant, example in chosen for record in _references(pipeline, job, variant, example)]
     lora = _fine_tune(pipeline, job, chosen[0][1].source)
-    settings = replace(job.settings, second_pass=SECOND_PASS if job.method.second_pass else 0.0)
+    second_pass = SECOND_PASS if job.method.second_pass else 0.0
     records = []
     for variant, example in chosen:
+        settings = replace(of_kind(job.settings, example.kind), second_pass=second_pass)
         # The pipeline puts the token into the prompt where there is something that it stands for.
         result = pipeline.edit(example.source, example.prompt(""), settings, _noise_seed(job, variant), lora)
         more = {"evaluations": result.evaluations, "second_pass": None}
@@ -69,6 +74,12 @@ def work(pipeline: DreamixPipeline, job: Job) -> list[Record]:
             more["second_pass"] = _told(score(example, result.frames))
         records.append(_record(job, job.method.name, variant, example, score(example, result.first_pass)) | more)
     return records
+
+
+def of_kind(settings: DreamixSettings, kind: str) -> DreamixSettings:
+    """Settings with the noise and the degradation of a kind of edit's preset."""
+    preset = PRESETS[kind]
+    return replace(settings, s=preset.s, factor=preset.factor, stride=preset.stride)
 
 
 def _noise_seed(job: Job, variant: int) -> int:

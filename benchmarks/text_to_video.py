@@ -19,7 +19,7 @@ from ..pipelines.dreamix.pipeline import DreamixPipeline, DreamixSettings
 from ..pipelines.evaluation.metrics import share_bound
 
 # From pure noise, over the whole schedule.
-SETTINGS = DreamixSettings(s=1.0, factor=1.0, steps=25, guidance=3.0)
+SETTINGS = DreamixSettings(s=1.0, factor=1.0, steps=25, guidance=4.0)
 LIMIT = 0.8
 # What is read from a clip, and whether it is a gate.
 READ = {"colour": True, "shape": True, "direction": True, "speed": False, "background": False, "object": False}

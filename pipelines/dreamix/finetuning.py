@@ -48,7 +48,7 @@ class FineTuning:
 
     steps: int = 100
     alpha: float = 0.5
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     rank: int = 16
     targets: str = "attention"
     mask: str = "identity"

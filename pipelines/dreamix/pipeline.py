@@ -39,7 +39,7 @@ class DreamixSettings:
     stride: int = 1
     temporal: str = "hold"
     steps: int = 25
-    guidance: float = 2.0
+    guidance: float = 1.5
     negative: str = ""
     token: str = "sks"
     place: str = "before the prompt"

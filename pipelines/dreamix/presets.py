@@ -49,10 +49,10 @@ class Preset:
 STEPS = 100  # of a fine-tuning
 
 PRESETS = {
-    "motion": Preset(s=0.93, factor=4.0, stride=2, alpha=0.5, fine_tune_steps=STEPS, second_pass=0.3),
+    "motion": Preset(s=0.96, factor=4.0, stride=2, alpha=0.5, fine_tune_steps=STEPS, second_pass=0.3),
     "style": Preset(s=0.8, factor=2.0, stride=1, alpha=0.5, fine_tune_steps=0, second_pass=0.3),
     # The clip alone came next after no fine-tuning: alpha 1 for who raises the steps.
-    "object": Preset(s=0.85, factor=4.0, stride=1, alpha=1.0, fine_tune_steps=0, second_pass=0.3),
+    "object": Preset(s=0.9, factor=4.0, stride=1, alpha=1.0, fine_tune_steps=0, second_pass=0.3),
     "background": Preset(s=0.85, factor=4.0, stride=1, alpha=0.5, fine_tune_steps=STEPS, second_pass=0.3),
     "animate": Preset(s=0.9, factor=4.0, stride=1, alpha=0.0, fine_tune_steps=STEPS, second_pass=0.3),
     # Nothing of the pictures is passed in, so nothing is downsampled.
