@@ -11,10 +11,9 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-# The small embedded model learns faster than Stable Diffusion, whose numbers are the methods' own defaults.
-from ..benchmarks.inflating import SETTINGS as EMBEDDED_SETTINGS
-from ..benchmarks.inflating import TUNING as EMBEDDED_TUNING
 from ..demo.models import ImageToVideoConfig
+from ..demo.text_to_image import EI2_SETTINGS as EMBEDDED_SETTINGS
+from ..demo.text_to_image import EI2_TUNING as EMBEDDED_TUNING
 from ..pipelines.denoiser import truncate_sigmas
 from ..pipelines.ei2.family import model_kind
 from ..pipelines.ei2.inflation import NO_TEMPORAL, InflationSettings, transformer_blocks
@@ -138,14 +137,11 @@ def check_flags(args: argparse.Namespace, tuning: OneShot, inflation: InflationS
 def tell_settings(job: EI2Job, args: argparse.Namespace) -> None:
     """Say what was chosen, by default and by the user."""
     s, inflation = job.settings, job.inflation if job.weights is None else job.weights.settings
-    patch = f"FFAM by {inflation.factor}" if inflation.attention == "FFAM" else inflation.attention
-    if inflation.temporal != NO_TEMPORAL:
-        patch = f"{inflation.temporal} and {patch}"
     learnt = "no fine-tuning" if job.weights is None else f"the fine-tuning of {args.weights}"
     if job.tuning is not None:
         learnt = f"{job.tuning.steps} steps of fine-tuning at {job.tuning.learning_rate:g}"
     say(
-        f"{patch} in {s.place} blocks, strength {s.patch_strength:g}; {learnt}; {s.steps} steps of the schedule, "
+        f"{inflation} in {s.place} blocks, strength {s.patch_strength:g}; {learnt}; {s.steps} steps of the schedule, "
         f"rewound by {s.strength:g}, guidance {s.guidance:g}"
     )
 

@@ -10,6 +10,7 @@
     python -m rewind.demo.train export-text             their safetensors file
     python -m rewind.demo.train text-to-image           the image UNet, on frames of the captioned clips
     python -m rewind.demo.train export-text-to-image    its safetensors file
+    python -m rewind.demo.train one-shot                EI²'s weights of one clip, tuned on the shipped model
 
 Every command resumes from its own checkpoint in --folder (weights, moving average, optimizer, step) and saves on the
 way. On a CPU it runs one single-threaded worker a core, with the gradients averaged each step; on a GPU one worker.
@@ -28,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import train_image, train_text
+from . import train_image, train_one_shot, train_text
 from . import world as W
 from .models import (
     PICTURE_MEAN,
@@ -262,6 +263,7 @@ COMMANDS = {
     "export-text": train_text.export,
     "text-to-image": train_image.train_text_to_image,
     "export-text-to-image": train_image.export_image,
+    "one-shot": train_one_shot.tune_one_shot,
 }
 
 
@@ -290,12 +292,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=4, help="clips a worker and step; text-to-image: 8 pictures each")
     parser.add_argument("--lr", type=float, default=None)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=None, help="default: one a core, one on a GPU, one to export")
+    parser.add_argument("--clip-seed", type=int, default=train_one_shot.CLIP_SEED, help="of the clip of one-shot")
+    parser.add_argument(
+        "--workers", type=int, default=None, help="default: one a core, one on a GPU, one to export or tune"
+    )
     parser.add_argument("--port", type=int, default=29511)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("rewind_demo_svd.safetensors"))
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
-    single = torch.cuda.is_available() or args.command.startswith("export")
+    single = torch.cuda.is_available() or args.command.startswith(("export", "one-shot"))
     workers = args.workers or (1 if single else os.cpu_count() or 1)
     if workers > 1:
         torch.multiprocessing.spawn(_worker, (workers, args), nprocs=workers)

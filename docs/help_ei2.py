@@ -1,4 +1,4 @@
-"""The pictures of EI²'s help pages, and of its model's: a clip tuned on and edited with the benchmark's settings."""
+"""The pictures of EI²'s help pages, and of its model's: a clip tuned on and edited with that model's settings."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class ClipEditor:
     def __init__(self, studio: Studio):
         self.run = studio.run
         self.model, self.clip, self.vae = self.run("RewindDemoTextToImage")
-        video, _, self.caption, _ = self.run("RewindDemoTextEdit", edit="object", seed=CLIP_SEED)
+        video, _, self.caption, *_ = self.run("RewindDemoTextEdit", edit="object", seed=CLIP_SEED)
         self.frames = video.get_components().images
-        self.tuning, self.settings = studio.inflating.TUNING, studio.inflating.SETTINGS
+        self.tuning, self.settings = studio.text_to_image.EI2_TUNING, studio.text_to_image.EI2_SETTINGS
         edits = studio.image_edits
         self.prompts = {name: edits.image_edit(CLIP_SEED, name).prompt for name in edits.EDITS}
         self.tuned = cache(self._tuned)

@@ -42,8 +42,8 @@ def demo_clip(studio: Studio) -> Any:
 def demo_text_edit(studio: Studio) -> Any:
     kinds = studio.text_edits
     made = {kind: studio.run("RewindDemoTextEdit", edit=kind) for kind in kinds}
-    video, _, caption, _ = made[kinds[0]]
-    rows = [(f"true_edit, {kind}: {prompt}", frames) for kind, (_, prompt, _, frames) in made.items()]
+    video, _, caption, *_ = made[kinds[0]]
+    rows = [(f"true_edit, {kind}: {prompt}", frames) for kind, (_, prompt, _, frames, _) in made.items()]
     return studio.sheet((f"clip: {caption}", video.get_components().images), *rows)
 
 

@@ -16,7 +16,7 @@ class Studio:
         self.run = host.run_node
         self.figures, self.inspection = host.module("nodes.figures"), host.module("nodes.inspection")
         self.edits, self.text_edits = host.module("demo.world").EDITS, host.module("demo.text_edits").KINDS
-        self.image_edits, self.inflating = host.module("demo.image_edits"), host.module("benchmarks.inflating")
+        self.image_edits, self.text_to_image = host.module("demo.image_edits"), host.module("demo.text_to_image")
         self.model, self.clip_vision, self.vae = self.run("RewindDemoImageToVideo")
         video, self.edited_frame, self.truth, self.mask = self.run("RewindDemoClip")
         self.clip = video.get_components().images
@@ -67,7 +67,7 @@ class Studio:
     @cached_property
     def text_clip(self) -> tuple:
         """The clip of the text edit, its prompt with the token, and its caption."""
-        video, prompt, caption, _ = self.run("RewindDemoTextEdit")
+        video, prompt, caption, *_ = self.run("RewindDemoTextEdit")
         return video.get_components().images, prompt, caption
 
     def generated(self, model: Any, positive: Any, seed: int = NOISE_SEED) -> Any:

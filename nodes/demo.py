@@ -6,6 +6,7 @@ from fractions import Fraction
 
 from comfy_api.latest import InputImpl, Types, io
 
+from ..demo.captions import caption
 from ..demo.clip import FPS, example
 from ..demo.text_edits import KINDS, TOKEN, text_example
 from ..demo.world import EDITS
@@ -189,6 +190,11 @@ class DemoTextEdit(io.ComfyNode):
                 io.String.Output("prompt", tooltip="What is asked for, with the token; for CLIP Text Encode."),
                 io.String.Output("caption", tooltip="All that the source clip shows, in words."),
                 io.Image.Output("true_edit", tooltip="Every frame of one right answer, to compare with; not an input."),
+                io.String.Output(
+                    "edited_caption",
+                    tooltip="All that the true edit shows, in words: the caption with what is changed. For models that "
+                    "are asked in whole captions, such as EI²'s.",
+                ),
             ],
         )
 
@@ -197,4 +203,5 @@ class DemoTextEdit(io.ComfyNode):
         chosen = text_example(seed, edit)
         source, target = as_images(chosen.source), as_images(chosen.target)
         video = InputImpl.VideoFromComponents(Types.VideoComponents(images=source, frame_rate=Fraction(FPS)))
-        return io.NodeOutput(video, chosen.prompt(token.strip()), chosen.caption, target)
+        edited = caption(chosen.target_words, 0)
+        return io.NodeOutput(video, chosen.prompt(token.strip()), chosen.caption, target, edited)

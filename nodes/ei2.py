@@ -6,6 +6,7 @@ from typing import Any
 
 import comfy.utils
 from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..pipelines.ei2.covariate_shift import by_block, overall
@@ -109,10 +110,10 @@ def _tuning_inputs() -> list[io.Input]:
         io.Int.Input(
             "steps",
             default=DEFAULT.steps,
-            min=1,
+            min=0,
             max=100000,
             tooltip="How long to tune. More keep the clip's motion and looks better, and in the end resist the edit; "
-            "500 is Tune-A-Video's.",
+            "500 is Tune-A-Video's. 0 tunes nothing and only lets the frames see each other.",
         ),
         io.Float.Input(
             "learning_rate",
@@ -120,8 +121,8 @@ def _tuning_inputs() -> list[io.Input]:
             min=1e-7,
             max=1.0,
             step=1e-7,
-            tooltip="How far each step goes. 3e-5 is Tune-A-Video's for Stable Diffusion; the embedded model takes a "
-            "hundred times that. Too high breaks the picture.",
+            tooltip="How far each step goes. 3e-5 is Tune-A-Video's for Stable Diffusion; the embedded model takes "
+            "more. Too high breaks the picture.",
         ),
         io.Int.Input(
             "seed",
@@ -242,8 +243,12 @@ class EI2OneShotTune(io.ComfyNode):
         memory_check: bool = True,
     ) -> io.NodeOutput:
         inflation = InflationSettings(attention, coarse_factor, temporal, centring)
-        one_shot.check_tunable(model, inflation)
+        one_shot.check_model(model)
         one_shot.check_text(model, caption, "caption")
+        if steps == 0:
+            weights = one_shot.untuned(model, inflation)
+            return io.NodeOutput(patches.inflate(model, inflation, weights), weights, ExecutionBlocker(None))
+        one_shot.check_tunable(model, inflation)
         settings = OneShot(
             steps=steps,
             learning_rate=learning_rate,
@@ -294,6 +299,13 @@ class EI2SaveWeights(io.ComfyNode):
                     tooltip="The file's name, to which a number is added. A folder may stand before it, inside "
                     "models/ei2.",
                 ),
+                io.String.Input(
+                    "caption",
+                    default="",
+                    optional=True,
+                    tooltip="What the clip shows, the text that it was tuned under: EI² Load Weights shows it, so that "
+                    "you know the file again. It changes no result. Left empty, what the weights have stays.",
+                ),
             ],
             outputs=[],
             is_output_node=True,
@@ -301,8 +313,8 @@ class EI2SaveWeights(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, weights: Any, filename_prefix: str) -> io.NodeOutput:
-        path = files.save(weights, filename_prefix)
+    def execute(cls, weights: Any, filename_prefix: str, caption: str = "") -> io.NodeOutput:
+        path = files.save(weights, filename_prefix, caption.strip())
         show_text(cls.hidden.unique_id, f"saved {path.name}")
         return io.NodeOutput()
 
@@ -316,16 +328,19 @@ class EI2LoadWeights(io.ComfyNode):
             node_id="RewindEI2LoadWeights",
             display_name="EI² Load Weights",
             category=CATEGORY,
-            description="Reads what EI² Save Weights wrote. Whether it fits a MODEL is checked where it is used.",
+            description="Reads what EI² Save Weights wrote, and shows of what clip and model it is. Whether it fits a "
+            "MODEL is checked where it is used.",
             search_aliases=["load tuning"],
             inputs=[
                 io.Combo.Input(
                     "weights_name",
                     options=files.names(),
-                    tooltip="A file in models/ei2, for one clip and one kind of model each. Press R to see new ones.",
+                    tooltip="A file in models/ei2, for one clip and one kind of model each, or one that comes with "
+                    "Rewind. Press R to see new ones.",
                 ),
             ],
             outputs=[EI2WeightsType.Output("weights", tooltip="For EI² Temporal Patch and the Covariate-Shift Probe.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -334,7 +349,9 @@ class EI2LoadWeights(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights_name: str) -> io.NodeOutput:
-        return io.NodeOutput(files.load(weights_name))
+        weights = files.load(weights_name)
+        show_text(cls.hidden.unique_id, str(weights))
+        return io.NodeOutput(weights)
 
 
 class CovariateShiftProbe(io.ComfyNode):

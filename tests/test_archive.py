@@ -31,6 +31,7 @@ WITHOUT_WHICH_NOTHING_RUNS = {
     "demo/rewind_demo_svd.safetensors",
     "demo/rewind_demo_t2v.safetensors",
     "demo/rewind_demo_t2i.safetensors",
+    "demo/ei2/rewind_demo_ei2.safetensors",
     "demo/tokenizer/vocab.json",
     "demo/tokenizer/merges.txt",
     "demo/tokenizer/tokenizer_config.json",

@@ -284,7 +284,7 @@ def test_the_embedded_model_edits_without_a_model_named(folder, monkeypatch, cap
     weights = tiny_models.save_weights(tiny_models.image_checkpoint(pack), folder / "unet.safetensors")
     load = partial(text_to_image.load_image_components, weights)
     monkeypatch.setattr(text_to_image, "load_image_components", load)
-    options = ["--sampling-steps", "2", "--fine-tune-steps", "2", "--save-weights", "kept.safetensors"]
+    options = "--sampling-steps 2 --strength 1 --fine-tune-steps 2 --save-weights kept.safetensors".split()
     assert ei2(*options) == 0
     assert read_video("out.mp4").frames.shape == (8, 3, 96, 96)
     kept = load_weights(folder / "kept.safetensors")

@@ -1,17 +1,23 @@
-"""EI²'s weights on disk, in a folder of the host's models that users can move by its own settings."""
+"""EI²'s weights on disk, in a folder of the host's models that users can move by its own settings.
+
+Behind it comes a folder of Rewind's own, whose weights come with it; nothing is saved there.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
 
+from ...demo.text_to_image import EI2_WEIGHTS
 from ...pipelines.ei2.weights import EI2Weights, load_weights, save_weights
 
 FOLDER = "ei2"
 if FOLDER not in folder_paths.folder_names_and_paths:
     folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+folder_paths.add_model_folder_path(FOLDER, str(EI2_WEIGHTS.parent))
 
 
 def names() -> list[str]:
@@ -32,8 +38,11 @@ def load(name: str) -> EI2Weights:
     return load_weights(path_of(name))
 
 
-def save(weights: EI2Weights, prefix: str) -> Path:
-    """Write weights under the first free number of a prefix. ValueError for one that leads out of the folder."""
+def save(weights: EI2Weights, prefix: str, caption: str = "") -> Path:
+    """Write weights under the first free number of a prefix, with a caption instead of theirs unless that is empty.
+
+    ValueError for a prefix that leads out of the folder.
+    """
     root = Path(os.path.abspath(folder_paths.get_folder_paths(FOLDER)[0]))
     if not prefix.strip() or root not in Path(os.path.abspath(root / prefix)).parents:
         raise ValueError(
@@ -43,5 +52,5 @@ def save(weights: EI2Weights, prefix: str) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(root))
     path = Path(folder) / f"{name}_{counter:05}_.safetensors"
-    save_weights(path, weights)
+    save_weights(path, replace(weights, caption=caption or weights.caption))
     return path

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...pipelines.ei2.covariate_shift import Probe, Reading
-from ...pipelines.ei2.inflation import Inflation, InflationSettings
+from ...pipelines.ei2.inflation import NO_TEMPORAL, Inflation, InflationSettings, architecture
 from ...pipelines.ei2.tuning import OneShot, Subject, one_shot_tune
 from ...pipelines.ei2.weights import EI2Weights
 from .encoding import check_images, encode_clip, is_video_vae
@@ -158,6 +158,12 @@ def tune(
         if memory_check:
             check_free(copy, _kept(copy, latents, caption, settings, inflation), settings.checkpointing)
         return _in_seat(copy, latents, caption, settings, inflation, on_step, keep=True, every=every)
+
+
+def untuned(model: Any, inflation: InflationSettings) -> EI2Weights:
+    """Weights of no step at all: the attention of an inflation alone."""
+    settings = replace(inflation, temporal=NO_TEMPORAL)
+    return EI2Weights({}, settings, architecture(model.model.diffusion_model), about={"steps": 0})
 
 
 def probe_shift(

@@ -45,6 +45,11 @@ class InflationSettings:
         if self.axes not in AXES:
             raise ValueError(f'the centring is over "{self.axes}"; it must be one of {", ".join(AXES)}')
 
+    def __str__(self) -> str:
+        """In words: "STAM and FFAM by 2", "first frame"."""
+        attention = f"FFAM by {self.factor}" if self.attention == "FFAM" else self.attention
+        return attention if self.temporal == NO_TEMPORAL else f"{self.temporal} and {attention}"
+
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
 

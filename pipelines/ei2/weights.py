@@ -34,6 +34,13 @@ class EI2Weights:
     caption: str = ""
     about: dict[str, Any] = field(default_factory=dict)  # how they were tuned, for the record
 
+    def __str__(self) -> str:
+        """What they are of, in three lines: the clip, what was tuned and how, the model."""
+        clip = f'"{self.caption}"' if self.caption else "a clip without a caption"
+        parts = {"steps": "{} steps", "learning_rate": "learning rate {}", "frames": "{} frames"}
+        known = [text.format(self.about[name]) for name, text in parts.items() if name in self.about]
+        return f"{clip}\n{', '.join([str(self.settings), *known])}\nfor {_in_short(self.architecture)}"
+
     def check(self, network: nn.Module) -> None:
         """ValueError unless they fit a text-to-image UNet, of either face."""
         wanted = architecture(network)
@@ -86,7 +93,19 @@ def save_weights(path: Path, weights: EI2Weights, dtype: torch.dtype = torch.flo
     partial = path.with_suffix(".partial")
     tensors = {PREFIX + key: tensor.to(dtype).contiguous() for key, tensor in weights.tensors.items()}
     save_file(tensors, partial, metadata=about)
+    _sort_metadata(partial)
     partial.replace(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata in order, in its place: the library's own order changes from run to run, and
+    equal weights should give equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def load_weights(path: Path) -> EI2Weights:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 
 import comfy_host
 import graph
-import psutil
 import pytest
 import torch
 from graph import flatten, link_ends, to_api
 from results import frames, node_of
 from safetensors.torch import load_file
+from shipped import LONGEST, Runs, behind_loaders, inner_settings, note, read, refusals, settings, tunes
 
-FOLDER = comfy_host.ROOT / "workflows"
 BLUEPRINT = comfy_host.ROOT / "subgraphs" / "Dreamix Edit.json"
 RESULTS = {  # the title of the result's preview, and the side of its frames
     "dreamix_edit": ("Edited clip", 144),
@@ -22,44 +20,22 @@ RESULTS = {  # the title of the result's preview, and the side of its frames
     "dreamix_subject": ("New clip", 96),
 }
 CORRUPTIONS = ("RewindDreamixCorrupt", "Second pass: corrupt")  # titles
-LONGEST = 90  # seconds of one core
 STEPS_AS_SHIPPED = range(20, 61)  # of the fine-tuning, to stay below that
 LOADERS = {"RewindDemoTextToVideo", "RewindDemoTextEdit", "UNETLoader", "CLIPLoader", "VAELoader", "ModelSamplingSD3"}
 # What only the demo has: the prompt of its clip, and the true edit of it.
 OF_THE_DEMO = {("RewindDreamixPrompt ", "prompt"), ("PreviewImage True edit", "images")}
-# What only the graph for Wan has: a clip of the user's own brought to its size, and a film of the result.
-OF_THE_USER = {"ImageFromBatch Clip's length", "ImageScale Clip's size", "CreateVideo ", "SaveVideo ", "a loader"}
 FINE_TUNE_STEPS = ("RewindDreamixFineTune", "", "steps")
-
-
-def read(name: str) -> dict:
-    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def tunes(host) -> bool:
-    """Whether this host can copy a model, without which nothing is fine-tuned."""
-    import comfy.model_patcher
-
-    return "force_deepcopy" in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters
 
 
 @pytest.fixture(scope="module")
 def run(host, server, trained):
-    """A function: a graph run as it was saved, once: (its prompt, its history, the result's frames, CPU seconds)."""
-    done = {}
-    process = psutil.Process(server.process.pid)
+    """A function: a graph run as it was saved, once (`shipped.Ran`)."""
+    runs = Runs(server)
 
     def once(name: str) -> tuple:
         if not tunes(host):
             pytest.skip("this ComfyUI cannot copy a model to tune: what it says of that is tested")
-        if name not in done:
-            prompt = to_api(read(name), server.object_info())
-            before = sum(process.cpu_times()[:2])
-            history = server.prompt(prompt)
-            seconds = sum(process.cpu_times()[:2]) - before
-            result = frames(server, history, node_of(prompt, "PreviewImage", RESULTS[name][0]))
-            done[name] = prompt, history, result, seconds
-        return done[name]
+        return runs(name, RESULTS[name][0])
 
     return once
 
@@ -87,11 +63,9 @@ def test_it_runs_in_time(run, server, name):
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_the_note_says_that_it_trains_less_than_a_run_that_counts(name):
-    workflow = read(name)
-    (note,) = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
-    (tuning,) = [node for node in flatten(workflow)["nodes"] if node["type"] == "RewindDreamixFineTune"]
+    (tuning,) = [node for node in flatten(read(name))["nodes"] if node["type"] == "RewindDreamixFineTune"]
     steps = tuning.get("promoted", {}).get("steps", tuning["widgets_values"][1])
-    assert f"trains for {steps} steps" in note and "**A run that counts** takes 100" in note
+    assert f"trains for {steps} steps" in note(name) and "**A run that counts** takes 100" in note(name)
 
 
 def test_what_it_learns_is_that_of_a_preset(host, server):
@@ -202,25 +176,8 @@ def wiring(monkeypatch):
 def test_the_graph_for_wan_has_the_same_wiring(wiring):
     own, wan = wiring(read("dreamix_edit")), wiring(read("dreamix_edit_wan"))
     assert own.keys() >= OF_THE_DEMO
-    scaled = ("ImageScale Clip's size", "IMAGE")
-    assert wan["ImageScale Clip's size", "image"] == ("ImageFromBatch Clip's length", "IMAGE")
-    assert wan["ImageFromBatch Clip's length", "image"] == ("GetVideoComponents ", "images")
-    kept = {end: start for end, start in wan.items() if end[0] not in OF_THE_USER}
-    kept = {end: ("GetVideoComponents ", "images") if start == scaled else start for end, start in kept.items()}
+    kept = {end: start for end, start in behind_loaders(wan).items() if end[0] != "a loader"}
     assert kept == {end: start for end, start in own.items() if end not in OF_THE_DEMO}
-    assert {end[0] for end in wan} >= OF_THE_USER
-
-
-def widgets(nodes: list[dict], links: list, info: dict) -> dict[tuple[str, str, str], object]:
-    """The values of Dreamix's own parts and of the samplers, by node, title and widget."""
-    named = {node["id"]: node.get("title", "") for node in nodes}
-    found = {}
-    for number, node in to_api({"nodes": nodes, "links": links}, info).items():
-        title = next(title for known, title in named.items() if str(known) == number)
-        for name, value in node["inputs"].items():
-            if not isinstance(value, list):
-                found[node["class_type"], title, name] = value
-    return found
 
 
 @pytest.mark.parametrize(
@@ -232,19 +189,11 @@ def widgets(nodes: list[dict], links: list, info: dict) -> dict[tuple[str, str, 
 )
 def test_its_settings_are_those_of_the_parts(server, name, may_differ):
     """Those inside, which the page shows when the subgraph is opened, and those on the node."""
-    info = server.object_info()
-    own = read("dreamix_edit")
-    parts = widgets(own["nodes"], own["links"], info)
-    flat = flatten(read(name))
-    inside = [node for node in flat["nodes"] if ":" in str(node["id"])]
-    links = [link for link in flat["links"] if ":" in str(link[3]) and ":" in str(link[1])]
-    for node in inside:  # what is connected from outside counts as a widget here
-        for socket in node["inputs"]:
-            socket["link"] = socket["link"] if socket["link"] in {link[0] for link in links} else None
-    bare = [{key: value for key, value in node.items() if key != "promoted"} for node in inside]
-    assert len(inside) == 13
-    for nodes, allowed in ((inside, may_differ), (bare, {"prompt"})):
-        differ = {key for key, value in widgets(nodes, links, info).items() if parts.get(key, "") != value}
+    info, own = server.object_info(), read("dreamix_edit")
+    parts = settings(own["nodes"], own["links"], info)
+    for found, allowed in zip(inner_settings(read(name), info), (may_differ, {"prompt"})):
+        assert {kind for kind, _, _ in found} >= {"RewindDreamixPrompt", "RewindDreamixFineTune", "CFGGuider"}
+        differ = {key for key, value in found.items() if parts.get(key, "") != value}
         assert {key[2] for key in differ - {FINE_TUNE_STEPS}} <= allowed
 
 
@@ -289,13 +238,7 @@ def test_one_node_gives_the_same_as_its_parts(run, server):
 
 def test_the_graph_for_wan_lacks_only_files(server):
     """The host refuses it for the files that are the user's own, and for nothing else."""
-    with pytest.raises(ValueError, match="400") as refusal:
-        server.submit(to_api(read("dreamix_edit_wan"), server.object_info()))
-    answer = json.loads(str(refusal.value).split(" 400 ", 1)[1])
-    reasons = {
-        (node["class_type"], error["type"]) for node in answer["node_errors"].values() for error in node["errors"]
-    }
-    assert reasons == {
+    assert refusals(server, "dreamix_edit_wan") == {
         ("UNETLoader", "value_not_in_list"),
         ("CLIPLoader", "value_not_in_list"),
         ("VAELoader", "value_not_in_list"),

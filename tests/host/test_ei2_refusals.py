@@ -1,11 +1,8 @@
-"""EI²'s weights on disk through its nodes, and what all its nodes refuse, before anything is sampled or trained."""
+"""What EI²'s nodes refuse, before anything is sampled or trained."""
 
 from __future__ import annotations
 
-import os
-import pickle
 from dataclasses import replace
-from pathlib import Path
 
 import fine_tuning
 import one_shot
@@ -13,8 +10,6 @@ import pytest
 import tiny_models
 import torch
 from one_shot import denoised, noisy, patch, prompt, random_weights
-
-SAVE, LOAD = "RewindEI2SaveWeights", "RewindEI2LoadWeights"
 
 
 @pytest.fixture(scope="module")
@@ -30,129 +25,6 @@ def weights(host, sd15):
 @pytest.fixture(scope="module")
 def setting(host, tmp_path_factory):
     return one_shot.demo(host, tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture
-def folder(host):
-    """models/ei2 of the host, empty at first."""
-    import folder_paths
-
-    folder = Path(folder_paths.get_folder_paths("ei2")[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.rglob("*.*"):
-        file.unlink()
-    return folder
-
-
-# --- on disk ---------------------------------------------------------------------------------------------------------
-
-
-def listed(host):
-    return host.mappings[LOAD].INPUT_TYPES()["required"]["weights_name"][1]["options"]
-
-
-def load(host, name):
-    return host.run_node(LOAD, weights_name=name)[0]
-
-
-def test_weights_come_back_from_disk(host, sd15, weights, folder):
-    """In half precision, with all that was said of them; every save has a number of its own."""
-    assert listed(host) == []
-    for prefix in ("cat", "cat", os.path.join("clips", "cat")):
-        host.run_node(SAVE, weights=weights, filename_prefix=prefix)
-    names = ["cat_00001_.safetensors", "cat_00002_.safetensors", os.path.join("clips", "cat_00001_.safetensors")]
-    assert sorted(listed(host)) == sorted(names) and all((folder / name).exists() for name in names)
-    for name in names:
-        back = load(host, name)
-        assert replace(back, tensors={}) == replace(weights, tensors={})
-        assert fine_tuning.equal(back.tensors, {key: t.half().float() for key, t in weights.tensors.items()})
-    x = noisy()
-    a, b = (denoised(host, patch(host, sd15, weights=w), x) for w in (weights, back))
-    torch.testing.assert_close(a, b, rtol=0, atol=5e-3)
-
-
-def test_the_hosts_lora_loader_reads_the_changes_of_the_queries(host, sd15, weights, folder):
-    import folder_paths
-
-    host.run_node(SAVE, weights=weights, filename_prefix="as_lora")
-    loras = Path(folder_paths.get_folder_paths("loras")[0])
-    loras.mkdir(parents=True, exist_ok=True)
-    (folder / "as_lora_00001_.safetensors").rename(loras / "as_lora.safetensors")
-    (loaded,) = host.run_node("LoraLoaderModelOnly", model=sd15, lora_name="as_lora.safetensors", strength_model=1.0)
-    assert loaded.patches.keys() == patch(host, sd15, weights=weights).patches.keys()
-    ours, x = patch(host, sd15, weights=load_half(weights), attention="own frame"), noisy()
-    ours.model_options["transformer_options"]["patches"]["middle_patch"].clear()  # only the queries' changes are left
-    assert torch.equal(denoised(host, loaded, x), denoised(host, ours, x))
-
-
-def load_half(weights):
-    return replace(weights, tensors={key: t.half().float() for key, t in weights.tensors.items()})
-
-
-def test_a_file_that_changed_is_read_again(host, weights, folder):
-    """By the fingerprint that tells the host whether what it kept is still right."""
-    host.run_node(SAVE, weights=weights, filename_prefix="x")
-    node, (name,) = host.mappings[LOAD], listed(host)
-    first = node.fingerprint_inputs(weights_name=name)
-    assert node.fingerprint_inputs(weights_name=name) == first
-    os.utime(folder / name, ns=(1, 1))
-    assert node.fingerprint_inputs(weights_name=name) != first
-
-
-class Bomb:
-    def __reduce__(self):
-        return (os.mkdir, ("rewind_was_fooled",))
-
-
-def _truncated(good, file):
-    file.write_bytes(good[: len(good) // 2])
-
-
-def _pickle(good, file):
-    file.write_bytes(pickle.dumps(Bomb()))
-
-
-def _something_else(good, file):
-    tiny_models.save_weights({"diffusion_model.x.lora_up.weight": torch.zeros(2, 2)}, file)
-
-
-@pytest.mark.parametrize(
-    "spoil, message",
-    [
-        (_truncated, "bad.safetensors is not a whole safetensors file"),
-        (_pickle, "bad.safetensors is not a whole safetensors file"),
-        (_something_else, "bad.safetensors holds no EI² weights"),
-        (lambda good, file: file.write_bytes(b""), "bad.safetensors is not a whole safetensors file"),
-        (lambda good, file: file.write_bytes(good.replace(b'\\"factor\\"', b'\\"factxr\\"')), "another version"),
-    ],
-    ids=["truncated", "a pickle", "another file", "empty", "another version"],
-)
-def test_broken_files_are_refused(host, weights, folder, tmp_path, monkeypatch, spoil, message):
-    monkeypatch.chdir(tmp_path)
-    host.run_node(SAVE, weights=weights, filename_prefix="good")
-    good = (folder / "good_00001_.safetensors").read_bytes()
-    spoil(good, folder / "bad.safetensors")
-    with pytest.raises(ValueError, match=message):
-        load(host, "bad.safetensors")
-    assert not any(tmp_path.iterdir()), "nothing in a file is executed"
-
-
-@pytest.mark.parametrize("name", ["../secret.safetensors", "clips/../../secret.safetensors", "absolute", "none", ""])
-def test_no_name_leads_out_of_the_folder(host, weights, folder, name):
-    host.run_node(SAVE, weights=weights, filename_prefix="secret")
-    secret = (folder / "secret_00001_.safetensors").rename(folder.parent / "secret.safetensors")
-    with pytest.raises(FileNotFoundError, match="no EI² weights named"):
-        load(host, str(secret) if name == "absolute" else name)
-    secret.unlink()
-
-
-@pytest.mark.parametrize("prefix", ["../x", "clips/../../x", "absolute", "", "  ", "."])
-def test_nothing_is_saved_outside_the_folder(host, weights, folder, tmp_path, prefix):
-    before = set(folder.parent.rglob("*"))
-    prefix = str(tmp_path / "x") if prefix == "absolute" else prefix
-    with pytest.raises(ValueError, match="filename_prefix"):
-        host.run_node(SAVE, weights=weights, filename_prefix=prefix)
-    assert set(folder.parent.rglob("*")) == before and not any(tmp_path.iterdir())
 
 
 # --- models and weights that do not fit ------------------------------------------------------------------------------

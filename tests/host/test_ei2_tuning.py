@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import fine_tuning
 import one_shot
@@ -105,6 +106,20 @@ def test_what_is_trained(host, setting):
         assert float((tensor - start).abs().max()) > 1e-4, f"{name} was not trained"
         if name.endswith(("to_v.weight", "temporal.to_out.weight")):
             assert float(torch.linalg.matrix_norm(tensor, 2)) <= 1 + 1e-4
+
+
+def test_0_steps_tune_nothing(host, losses):
+    """What is left is the attention alone, without a copy of the model, so on every host."""
+    model, vae = one_shot.sd15(), SimpleNamespace()
+    given = {"model": patch(host, model, weights=random_weights(host, model)), "vae": vae, "caption": prompt(model)}
+    images = torch.rand(2, 32, 32, 3)
+    alone, weights, plot = host.run_node(one_shot.TUNE, **given, images=images, steps=0, attention="first frame")
+    x = noisy()
+    near = denoised(host, patch(host, model, attention="first frame"), x)
+    assert torch.equal(denoised(host, alone, x), near)
+    assert torch.equal(denoised(host, patch(host, model, weights=weights), x), near), "as tuned is this attention"
+    assert weights.tensors == {} and weights.about == {"steps": 0} and losses == []
+    assert plot.message is None, "nodes behind it are left out"
 
 
 @pytest.mark.parametrize(

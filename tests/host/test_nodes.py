@@ -330,10 +330,11 @@ def test_a_video_of_the_demo_clip_can_be_saved(host, tmp_path):
 @pytest.mark.parametrize("kind", ["motion", "style", "object", "background"])
 def test_the_text_edits_answer_is_what_its_prompt_asks_for(host, kind):
     edits = host.module("demo.text_edits")
-    video, prompt, caption, answer = host.run_node("RewindDemoTextEdit", edit=kind, seed=5)
+    video, prompt, caption, answer, edited = host.run_node("RewindDemoTextEdit", edit=kind, seed=5)
     components, chosen = video.get_components(), edits.text_example(5, kind)
     assert components.images.shape == answer.shape == (8, 96, 96, 3) and float(components.frame_rate) == 7
     assert prompt == chosen.prompt("sks") and "sks" in prompt and caption == chosen.caption
+    assert edited == host.module("demo.captions").caption(chosen.target_words, 0) != caption
     assert edits.score(chosen, answer.movedim(-1, 1)).success
     assert not edits.score(chosen, components.images.movedim(-1, 1)).accuracy
     assert torch.equal(answer, host.run_node("RewindDemoTextEdit", edit=kind, seed=5)[3])

@@ -15,6 +15,9 @@ REGISTRIES = {
     "nodes.NODE_DISPLAY_NAME_MAPPINGS",
     "nodes.LOADED_MODULE_DIRS",
     "nodes.EXTENSION_WEB_DIRS",
+    "folder_paths.folder_names_and_paths",
+    "folder_paths.filename_list_cache",  # what a folder held when a list of its files was last asked for
+    "api_server.routes.internal.internal_routes.folder_names_and_paths",  # the same one
 }
 WATCHED_LIBRARIES = ("torch", "torch.nn", "torch.nn.functional", "torch.nn.modules.module", "torch.nn.modules.linear")
 
