@@ -109,7 +109,7 @@ def report(
     clips, runs = len({r["seed"] for r in records}), len({r["run"] for r in records})
     count = len({(r["seed"], r["kind"], r["variant"]) for r in records})
     text = (
-        f"# Dreamix on the synthetic world\n\n{count} edits of {clips} clips of {seeds} seeds, {runs} seeds of "
+        f"# Dreamix on the synthetic world\n\n{count} edits of {clips} clips of {seeds} seeds, {runs} of "
         f"fine-tuning and sampling each, `rewind benchmark dreamix`: {settings.steps} steps, guidance "
         f"{settings.guidance:g}; LoRA of rank {tuning.rank}, {tuning.steps} steps, learning rate "
         f"{tuning.learning_rate:g}, mask {tuning.mask}.\n\n"

@@ -58,18 +58,23 @@ def contact_sheet(rows: Sequence[tuple[str, Tensor, Sequence[str]]]) -> Image.Im
 
 
 def curves(
-    title: str, axis: str, lines: Sequence[tuple[str, Tensor]], width: int = 480, height: int = 300
+    title: str,
+    axis: str,
+    lines: Sequence[tuple[str, Tensor]],
+    to_one: bool = True,
+    width: int = 480,
+    height: int = 300,
 ) -> Image.Image:
-    """Curves over whole numbers with a legend: (name, values [n])."""
+    """Curves over whole numbers with a legend: (name, values [n]). to_one: up to 1 at least, else as far as they go."""
     picture, draw = _canvas(width, height)
     left, top, right, bottom = 52, 2 * LINE + MARGIN, width - MARGIN, height - 2 * LINE - MARGIN
     everything = torch.cat([values.double() for _, values in lines])
-    low, high = min(0.0, float(everything.min())), max(1.0, float(everything.max()))
+    low, high = min(0.0, float(everything.min())), max(1.0 if to_one else 1e-6, float(everything.max()))
     _write(draw, left, MARGIN // 2, title)
     for mark in np.linspace(low, high, 5):
         y = bottom - (mark - low) / (high - low) * (bottom - top)
         draw.line((left, y, right, y), fill=FAINT)
-        _write(draw, MARGIN, y - LINE / 2, f"{mark:.2f}")
+        _write(draw, MARGIN, y - LINE / 2, f"{mark:.2f}" if high >= 0.2 else f"{mark:.3f}")
     count = max(len(values) for _, values in lines)
     across = (right - left - 2 * MARGIN) / max(1, count - 1)
     for i in range(0, count, max(1, count // 10)):
@@ -102,7 +107,7 @@ def loss_curves(losses: dict[str, Sequence[float]], most: int = 60) -> Image.Ima
             pieces = torch.tensor(values).tensor_split(min(most, len(values)))
             lines.append((name, torch.stack([piece.mean() for piece in pieces])))
     steps = max(len(values) for values in losses.values())
-    return curves("loss", f"{steps} steps", lines)
+    return curves("loss", f"{steps} steps", lines, to_one=False)
 
 
 def bars(title: str, names: Sequence[str], measures: dict[str, Sequence[float]], width: int = 560) -> Image.Image:
