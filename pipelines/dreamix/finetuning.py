@@ -38,7 +38,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Settings; every default is ours and fits the embedded model, on a few clips of which it was tried.
+    """Settings; every default is ours and fits the embedded model, on validation clips of which it was chosen.
 
     steps: 0 trains nothing. alpha: 0..1, the share of the clip's loss. rank, targets: of the LoRA. mask: "identity" or
     "bypass". warm_up: steps in which the learning rate rises. clip: largest norm of the gradient. precision: of the

@@ -25,7 +25,7 @@ Callback = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class DreamixSettings:
-    """How a clip is edited; the defaults are ours, tried on a few clips of the embedded model; the paper's are unknown.
+    """How a clip is edited; the defaults are ours, chosen on clips of the embedded model; the paper's are unknown.
 
     s: 0..1, the noise, as a time of the paper's schedule (`corruption.noise_to_signal`): 0 keeps the degraded clip, 1
     begins from pure noise. factor, stride, temporal: how the clip is degraded before. steps: of the whole schedule, of
