@@ -14,8 +14,10 @@ from rewind.benchmarks import cost, dreamix, dreamixing, statistics, text_to_ima
 from rewind.demo import captions
 from rewind.demo import world as W
 from rewind.demo.text_edits import KINDS, SEEDS, VARIANTS
+from rewind.pipelines.dreamix.corruption import sigmas_from
 from rewind.pipelines.dreamix.finetuning import FineTuning
 from rewind.pipelines.dreamix.pipeline import DreamixPipeline, DreamixResult, DreamixSettings
+from rewind.pipelines.dreamix.presets import PRESETS
 
 SEED = SEEDS["validation"]
 QUICK = DreamixSettings(steps=3)
@@ -177,12 +179,12 @@ def test_each_method_tunes_once_a_clip_and_run_and_edits_all(pipeline):
     knowing = Knowing(pipeline.family)
     work_list = dreamixing.jobs([SEED, SEED + 1], list(dreamix.METHODS), runs=2, settings=QUICK, tuning=BRIEF)
     records = [record for job in work_list for record in dreamixing.work(knowing, job)]
-    assert len(knowing.tuned) == 2 * 2 * 3  # clips, runs, methods that tune
-    assert {alpha for alpha, *_ in knowing.tuned} == {0.0, 0.5, 1.0} and {seed for *_, seed in knowing.tuned} == {0, 1}
+    assert len(knowing.tuned) == 2 * 2 * 2  # clips, runs, methods that tune
+    assert {alpha for alpha, *_ in knowing.tuned} == {0.5, 1.0} and {seed for *_, seed in knowing.tuned} == {0, 1}
     edits = sum(VARIANTS.values())
-    assert len(knowing.asked) == 2 * 2 * 4 * edits
+    assert len(knowing.asked) == 2 * 2 * 3 * edits
     assert len({seed for _, seed, _ in knowing.asked}) == 2 * 2 * max(VARIANTS.values())
-    assert len(records) == 2 * edits * (2 * 4 + len(dreamixing.REFERENCES))
+    assert len(records) == 2 * edits * (2 * 3 + len(dreamixing.REFERENCES))
     assert all("sks" not in prompt for prompt, *_ in knowing.asked)
 
     def rates(name, key):
@@ -234,12 +236,15 @@ def test_the_run_prints_every_table_and_saves_its_records(pipeline, tmp_path, ca
     assert text.strip() == (tmp_path / "dreamix.md").read_text().strip()
     for words in (*KINDS, "ordering", "second pass", "Steps of fine-tuning", "Cost", "Not measured here"):
         assert words in text
-    assert len(data["records"]) == 2 * 9 * 6 and len(data["steps"]) == 2 * 4
+    assert len(data["records"]) == 2 * 9 * 5 and len(data["steps"]) == 2 * 4
     assert text.count("a right answer, through the VAE") == len(KINDS)
     tuned = [r for r in data["records"] if r["method"] == dreamix.MIXED]
     assert all(r["second_pass"] for r in tuned)
-    # The last s of 25 steps below sigma(0.85), two network calls each, and those of the second pass.
-    assert {r["evaluations"] for r in data["records"] if r["method"] == "no fine-tuning"} == {2 * 2}
+    # Two network calls for each level from that of the preset's s on.
+    family, plain = pipeline.family, [r for r in data["records"] if r["method"] == "no fine-tuning"]
+    for kind in KINDS:
+        levels = sigmas_from(family.schedule(QUICK.steps), PRESETS[kind].s, family.path)
+        assert {r["evaluations"] for r in plain if r["kind"] == kind} == {2 * (len(levels) - 1)}
     assert not list(tmp_path.glob("*.partial*"))
 
 

@@ -14,7 +14,7 @@ from graph import link_ends, to_api
 from results import frames, node_of
 from shipped import LONGEST, Runs, behind_loaders, inner_settings, note, read, refusals, settings, tunes
 
-BLUEPRINT = comfy_host.ROOT / "subgraphs" / "EI² Edit.json"
+BLUEPRINT = comfy_host.ROOT / "subgraphs" / "EI2 Edit.json"
 RESULTS = ("ei2_edit", "ei2_load_weights")
 TITLE = "Edited clip"  # of the preview of their results
 TUNE, SAVE, LOAD, CLIP = one_shot.TUNE, "RewindEI2SaveWeights", "RewindEI2LoadWeights", "RewindDemoTextEdit"

@@ -11,7 +11,7 @@ from graph import WIDGETS, flatten, link_ends, to_api
 from results import frames, node_of
 
 FOLDER = comfy_host.ROOT / "subgraphs"
-PARTS = {"Dreamix Edit": 13, "EI² Edit": 12, "Videoshop Edit": 9}  # of each blueprint
+PARTS = {"Dreamix Edit": 13, "EI2 Edit": 12, "Videoshop Edit": 9}  # of each blueprint
 # What stands in the place of the mask and the colour, and the scaling of a clip of the user's own.
 INPAINTED = {
     ("ImageCompositeMasked Edited first frame", "source"),
