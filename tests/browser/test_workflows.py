@@ -34,6 +34,7 @@ def runs_as_it_is(name: str) -> bool:
 RUN = [
     pytest.param(name, marks=[] if name == "videoshop" else [pytest.mark.slow]) for name in NAMES if runs_as_it_is(name)
 ]
+TUNING = {"RewindDreamixFineTune", "RewindEI2OneShotTune"}
 
 
 def wiring(workflow: dict) -> set[tuple]:
@@ -89,7 +90,7 @@ def test_a_forgotten_mask_does_not_stay(page):
 
 def can_tune(server, name: str) -> bool:
     """Whether this ComfyUI can run a workflow's fine-tuning, if it has one: 0.7.0 cannot copy a model."""
-    tunes = any(node["type"] == "RewindDreamixFineTune" for node in all_nodes(read(name)))
+    tunes = any(node["type"] in TUNING for node in all_nodes(read(name)))
     return not tunes or "force_deepcopy" in (server.path / "comfy" / "model_patcher.py").read_text(encoding="utf-8")
 
 
