@@ -111,8 +111,10 @@ def test_runs_by_the_button(page, server, name):
     assert any(len(run["shown"]["previews"].get(kind, [])) >= 2 for kind in samplers), "no preview picture changed"
     ends = [node for node in page.nodes() if node["output"] and node["type"] not in SILENT]
     assert ends
+    page.js("arguments => rewindTest.frame(...arguments)", [0.4, 24])  # what is out of sight loads no picture
     for node in ends:
         page.until("id => rewindTest.hasResult(id)", node["id"])
+    page.js("rewindTest.unframe()")
     assert page.overlaps() == []
 
 
