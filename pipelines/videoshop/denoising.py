@@ -21,11 +21,15 @@ def sample_euler(
     extra_args: dict[str, Any] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     disable: bool | None = None,
+    *,
+    put_back: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Tensor:
     """Deterministic Euler (EDM, arXiv 2206.00364, algorithm 1 without its correction; Videoshop, equation 3).
 
     The sampler that `sample_edm_inversion` inverts: x_l = x_h + (s_l - s_h) (x_h - D(x_h)) / s_h.
-    x: the clip at sigmas[0]; sigmas: descending to 0, where the network is not called. Returns the clip at sigmas[-1].
+    x: the clip at sigmas[0]; sigmas: descending to 0, where the network is not called. put_back: applied to the clip at
+    each level above 0, with that level, before the network sees it there (see `masks.StoredSource`; ours). Returns the
+    clip at sigmas[-1].
     Raises ValueError for a schedule that does not fall, or ends below 0.
     """
     check_clip(x)
@@ -37,6 +41,8 @@ def sample_euler(
     ones = x.new_ones(x.shape[0])
     for i in trange(len(levels) - 1, disable=disable):
         high, low = levels[i], levels[i + 1]
+        if put_back is not None:
+            x = put_back(x, high)
         denoised = model(x.to(dtype), high * ones, **(extra_args or {})).to(working)
         x = x + (low / high - 1) * (x - denoised)
         if callback is not None:

@@ -37,6 +37,7 @@ class Inversion:
     settings: what it was made with, for the record.
     source: the clean latent in model space before it was normalised.
     augmentation_noise: what the headless pipeline adds to the edited first frame; the nodes' conditioning has its own.
+    original: the clean latent in the VAE's space, as the nodes were given it: what a mask puts back, to the bit.
     """
 
     latent: Tensor
@@ -48,6 +49,7 @@ class Inversion:
     settings: dict[str, Any] = field(default_factory=dict)
     source: Tensor | None = None
     augmentation_noise: Tensor | None = None
+    original: Tensor | None = None
 
 
 def _check_levels(levels: list[float]) -> None:

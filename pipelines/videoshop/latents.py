@@ -26,9 +26,20 @@ def check_clip(x: Tensor) -> None:
         )
 
 
-def _moments(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation (as in the authors' code), in float32, broadcastable over x."""
+def _moments(x: Tensor, axes: tuple[int, ...], mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation (as in the authors' code), in float32, broadcastable over x.
+
+    mask: weights that broadcast over x; of 0 and 1, only where it is 1 counts. Where it is empty, everything does.
+    """
     x = x.float()
+    if mask is not None:
+        w = mask.to(x).expand_as(x)
+        w = torch.where(w.sum(axes, keepdim=True) > 0, w, 1.0)
+        total = w.sum(axes, keepdim=True)
+        mean = (w * x).sum(axes, keepdim=True) / total
+        count = total - w.square().sum(axes, keepdim=True) / total  # of n weights of 1 it is n - 1
+        variance = (w * (x - mean).square()).sum(axes, keepdim=True) / count.clamp_min(1e-6)
+        return mean, torch.where(count > 1e-6, variance, 0.0).sqrt()
     mean = x.mean(axes, keepdim=True)
     count = x.numel() // mean.numel()
     deviation = x.std(axes, keepdim=True) if count > 1 else torch.zeros_like(mean)
@@ -70,7 +81,7 @@ class Normalisation:
 
 
 def normalise(
-    x: Tensor, kind: str = "channel", strength: float = 1.0, eps: float = 1e-6
+    x: Tensor, kind: str = "channel", strength: float = 1.0, eps: float = 1e-6, mask: Tensor | None = None
 ) -> tuple[Tensor, Normalisation | None]:
     """Bring a clip to the unit variance that a model with sigma_data 1 was trained for, before it is inverted.
 
@@ -81,6 +92,7 @@ def normalise(
         "off": nothing.
     strength: 0..1, shift * strength and scale ** strength; 0 returns x itself, bit for bit.
     eps: added to the standard deviation, so that a constant channel gives no NaN (the authors' 1e-6).
+    mask: of latents (see `masks.latent_mask`), where the statistics are taken; all of x is normalised by them (ours).
     Returns the normalised clip and the map, whose `undo` brings it back; None where nothing was done.
     """
     if kind not in NORMALISATIONS:
@@ -90,7 +102,7 @@ def normalise(
     check_clip(x)
     if kind == "off" or strength == 0:
         return x, None
-    mean, deviation = _moments(x, _axes(x, kind))
+    mean, deviation = _moments(x, _axes(x, kind), mask)
     shift = torch.zeros_like(mean) if kind == "channel" else mean * strength
     # A channel that does not vary at all carries nothing to bring to unit variance: it is left alone.
     deviation = torch.where(deviation > eps, deviation + eps, torch.ones_like(deviation))
@@ -98,7 +110,13 @@ def normalise(
     return applied.apply(x), applied
 
 
-def rescale(x: Tensor, reference: Tensor, strength: float = 1.0, eps: float = 1e-6) -> Tensor:
+def _first_frame(x: Tensor) -> Tensor:
+    return x[:1] if x.ndim == 4 else x[:, :, :1]
+
+
+def rescale(
+    x: Tensor, reference: Tensor, strength: float = 1.0, eps: float = 1e-6, mask: Tensor | None = None
+) -> Tensor:
     """Give a generated clip the colours of the edited first frame (paper, section on latent rescaling).
 
     Per channel: x_out = (x - mu_0) / sigma_0 * sigma_img + mu_img, with mu_0, sigma_0 of the generated FIRST frame and
@@ -106,6 +124,9 @@ def rescale(x: Tensor, reference: Tensor, strength: float = 1.0, eps: float = 1e
     x, reference: [T, C, h, w] or [B, C, T, h, w] in the same space, of equal channels. strength: 0..1, linear between
     x and the result; 0 returns x itself. A channel whose first frame is constant (deviation below eps) is shifted, not
     scaled: the frames after it would be blown up without bound (ours; the authors' code has no such guard).
+    mask: of latents (see `masks.latent_mask`): both statistics are taken inside its first frame, x is changed as far as
+    it says, and not at all where it is 0 (ours). Raises ValueError for another kind of latents, and for a mask whose
+    first frame is empty.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"the strength of the rescaling is {strength}; it must be 0 to 1")
@@ -118,12 +139,22 @@ def rescale(x: Tensor, reference: Tensor, strength: float = 1.0, eps: float = 1e
         )
     if strength == 0:
         return x
-    first, target = (v[:1] if v.ndim == 4 else v[:, :, :1] for v in (x, reference))
+    first, target, region = (v if v is None else _first_frame(v) for v in (x, reference, mask))
+    if region is not None and target.shape != first.shape:
+        raise ValueError(
+            f"the edited picture's latent is {tuple(target.shape)}, the clip's first frame {tuple(first.shape)}: "
+            "with a mask both must be of one size"
+        )
+    if region is not None and not region.any():
+        raise ValueError("the mask's first frame is empty: there is nothing that the edited frame's colours belong to")
     axes = _axes(x, "channel")
-    (mu_0, sigma_0), (mu_img, sigma_img) = _moments(first, axes), _moments(target.to(x.device), axes)
+    (mu_0, sigma_0), (mu_img, sigma_img) = (_moments(v.to(x.device), axes, region) for v in (first, target))
     gain = torch.where(sigma_0 > eps, sigma_img / sigma_0.clamp(min=eps), torch.ones_like(sigma_0))
     scaled = (x.float() - mu_0) * gain + mu_img
-    return torch.lerp(x.float(), scaled, strength).to(x.dtype)
+    if mask is None:
+        return torch.lerp(x.float(), scaled, strength).to(x.dtype)
+    share = strength * mask.to(scaled)
+    return torch.where(share > 0, torch.lerp(x.float(), scaled, share).to(x.dtype), x)
 
 
 def augment(pixels: Tensor, level: float, noise: Tensor) -> Tensor:

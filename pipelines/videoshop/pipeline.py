@@ -15,6 +15,7 @@ from ..video import check_frames, check_pixels
 from .denoising import GuidedDenoiser, sample_euler
 from .inversion import Inversion, sample_edm_inversion
 from .latents import augment, clip_preprocess, normalise, rescale, whiten_condition
+from .masks import StoredSource, check_mask, composite, latent_mask
 from .settings import DEFAULT, VideoshopSettings
 
 Callback = Callable[[dict[str, Any]], None]
@@ -201,20 +202,25 @@ class VideoshopPipeline:
         keep_trajectory: bool = False,
         callback: Callback | None = None,
         progress: bool = False,
+        mask: Tensor | None = None,
     ) -> Inversion:
         """Rewind a clip [T, 3, H, W] in 0..1 to noise, with its own first frame as the condition.
 
         generator: on the CPU, so that all devices draw the same: the augmentation noise of both first frames, then the
-        random direction. keep_trajectory: keep the clip at every noise level, on the CPU. progress: a bar on stderr.
+        random direction. keep_trajectory: keep the clip at every noise level, on the CPU; a mask on the way back needs
+        it. progress: a bar on stderr. mask: [T or 1, H, W], where the statistics of the normalisation are taken.
         """
         check_video(video, multiple=self.multiple)
+        if mask is not None:
+            check_mask(mask, len(video), *video.shape[2:])
         if generator is not None and generator.device.type != "cpu":
             raise ValueError(f"the generator is on {generator.device}; one on the CPU draws the same for every device")
         noise, fresh = torch.randn(2, *video.shape[1:], generator=generator)
         latents = self.encode(video)
         direction = torch.randn(latents.shape, generator=generator).to(latents)
         condition = self.condition(video[0], settings, noise, whiten=settings.normalise_condition)
-        normalised, applied = normalise(latents, settings.normalise)
+        region = None if mask is None else latent_mask(mask, latents.shape)
+        normalised, applied = normalise(latents, settings.normalise, mask=region)
         schedule = karras_sigmas(settings.steps, settings.sigma_min, settings.sigma_max, settings.rho)
         sigmas = truncate_sigmas(schedule, settings.strength)
         states, residuals = [normalised.cpu()], []
@@ -261,10 +267,13 @@ class VideoshopPipeline:
         *,
         callback: Callback | None = None,
         progress: bool = False,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Play an inverted clip from another first frame [3, H, W] in 0..1: latents [T, 4, h, w] in model space.
 
-        Raises ValueError for a frame of another size than the clip's, or with values out of range.
+        mask: [T or 1, H, W] in 0..1, where the edit may show; elsewhere the source's latents come back bit for bit.
+        Raises ValueError for a frame of another size than the clip's, or with values out of range; for such a mask, and
+        for one with an inversion that kept no trajectory.
         """
         wanted = (3, *(8 * side for side in inversion.latent.shape[-2:]))
         if edited_frame.shape != wanted:
@@ -272,7 +281,7 @@ class VideoshopPipeline:
                 f"got an edited frame of shape {tuple(edited_frame.shape)}; the clip needs one of {wanted}"
             )
         check_pixels(edited_frame, "edited frame")
-        return self._denoise(inversion, edited_frame, settings, callback, progress)[0]
+        return self._denoise(inversion, edited_frame, settings, callback, progress, mask)[0]
 
     def _denoise(
         self,
@@ -281,13 +290,18 @@ class VideoshopPipeline:
         settings: VideoshopSettings,
         callback: Callback | None,
         progress: bool,
+        mask: Tensor | None,
     ) -> tuple[Tensor, int]:
+        region = None if mask is None else latent_mask(mask, inversion.latent.shape).to(self.device)
+        put_back = None if region is None else StoredSource(inversion, region)
         condition = self.condition(edited_frame, settings, inversion.augmentation_noise)
-        x, calls = self._play(inversion.latent, inversion.sigmas, condition, settings, callback, progress)
+        x, calls = self._play(inversion.latent, inversion.sigmas, condition, settings, callback, progress, put_back)
         if inversion.normalisation is not None and settings.denormalise:
             x = inversion.normalisation.undo(x)
+        if region is not None:
+            x = composite(x, inversion.source, region)
         if settings.rescale:
-            x = rescale(x, self.encode(edited_frame[None]), settings.rescale)
+            x = rescale(x, self.encode(edited_frame[None]), settings.rescale, mask=region)
         return x, calls
 
     def _play(
@@ -298,6 +312,7 @@ class VideoshopPipeline:
         settings: VideoshopSettings,
         callback: Callback | None,
         progress: bool,
+        put_back: Callable[[Tensor, float], Tensor] | None = None,
     ) -> tuple[Tensor, int]:
         """Euler with the settings' guidance; the result and the network calls it took."""
         model = GuidedDenoiser(
@@ -307,7 +322,8 @@ class VideoshopPipeline:
             settings.last_guidance,
             settings.guidance_interval,
         )
-        return sample_euler(model, x, sigmas, callback=callback, disable=not progress), model.evaluations
+        x = sample_euler(model, x, sigmas, callback=callback, disable=not progress, put_back=put_back)
+        return x, model.evaluations
 
     def image_to_video(
         self,
@@ -338,14 +354,22 @@ class VideoshopPipeline:
         progress: bool = True,
         callback: Callback | None = None,
         keep_trajectory: bool = False,
+        mask: Tensor | None = None,
+        keep_pixels: bool = False,
     ) -> VideoshopResult:
         """Carry the edit of the first frame through the clip.
 
         video: [T, 3, H, W] in 0..1, T >= 2, both sides multiples of `multiple`; edited_frame: [3, H, W] in 0..1.
         generator: on the CPU; it draws the augmentation noise and the random direction. callback: gets the samplers'
-        dicts, with "phase": "inversion" or "denoising". Raises ValueError for bad input before anything is computed.
+        dicts, with "phase": "inversion" or "denoising". mask: [T or 1, H, W] in 0..1, where the edit may show (see
+        `masks.edit_mask`); outside it the result's latents are the source's, and with keep_pixels its frames too, which
+        otherwise have been through the VAE. Raises ValueError for bad input before anything is computed.
         """
         check_video(video, edited_frame, self.multiple)
+        if mask is not None:
+            check_mask(mask, len(video), *video.shape[2:])
+        elif keep_pixels:
+            raise ValueError("the source's pixels are kept outside a mask: give one")
 
         def tell(phase: str) -> Callback | None:
             return None if callback is None else lambda step: callback(step | {"phase": phase})
@@ -354,10 +378,14 @@ class VideoshopPipeline:
             video,
             settings,
             generator,
-            keep_trajectory=keep_trajectory,
+            keep_trajectory=keep_trajectory or mask is not None,
             callback=tell("inversion"),
             progress=progress,
+            mask=mask,
         )
-        result, evaluations = self._denoise(inversion, edited_frame, settings, tell("denoising"), progress)
+        result, evaluations = self._denoise(inversion, edited_frame, settings, tell("denoising"), progress, mask)
+        frames = self.decode(result)
+        if keep_pixels:
+            frames = composite(frames, video, mask[:, None])
         counts = {"inversion": inversion.evaluations, "denoising": evaluations}
-        return VideoshopResult(self.decode(result), result, inversion, counts)
+        return VideoshopResult(frames, result, inversion, counts)
