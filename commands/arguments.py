@@ -16,9 +16,11 @@ from ..pipelines.ei2.inflation import NO_TEMPORAL, PLACES, InflationSettings
 from ..pipelines.ei2.pipeline import EI2_GUESSES, EI2Settings
 from ..pipelines.ei2.stam import AXES, TEMPORALS
 from ..pipelines.ei2.tuning import OneShot
+from ..pipelines.videoshop.masks import DEFAULT_MASK
 from .dreamix import KINDS, run_dreamix
 from .edit import PRESETS, run_edit
 from .ei2 import EMBEDDED_SETTINGS, EMBEDDED_TUNING, FRAMES, run_ei2
+from .masks import AUTO, NONE
 
 
 def size(text: str) -> tuple[int, int]:
@@ -58,7 +60,35 @@ def add_edit(commands: Any) -> None:
     edit.add_argument("--motion-bucket", type=int, help="how much motion the model is told of")
     edit.add_argument("--seed", type=int, default=0)
     edit.add_argument("--force", action="store_true", help="overwrite the output")
+    add_edit_mask(edit.add_argument_group("the mask", "what lies outside it comes back as it was"))
     edit.set_defaults(run=run_edit)
+
+
+def add_edit_mask(group: Any) -> None:
+    own = DEFAULT_MASK
+    group.add_argument(
+        "--mask",
+        default=NONE,
+        metavar=f"{NONE} | {AUTO} | FILE",
+        help=f"where the edit may show: {AUTO} is where the edited frame differs, of a FILE the white; a video masks "
+        f"each frame, a picture and {AUTO} follow the motion (default: %(default)s, the whole frame)",
+    )
+    group.add_argument(
+        "--mask-threshold", type=float, metavar="D", help=f"0..1, a difference that counts (default: {own.threshold})"
+    )
+    group.add_argument("--mask-grow", type=int, metavar="PIXELS", help=f"widen it by (default: {own.grow})")
+    group.add_argument(
+        "--mask-feather", type=int, metavar="PIXELS", help=f"soften its edge over (default: {own.feather})"
+    )
+    group.add_argument(
+        "--flow-weights",
+        type=Path,
+        metavar="FILE",
+        help="torchvision's weights of RAFT, to follow the motion with (default: optical flow without weights)",
+    )
+    group.add_argument(
+        "--keep-pixels", action="store_true", help="outside keep the clip's own pixels, which the VAE never saw"
+    )
 
 
 def move_name(text: str) -> str:

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from ..pipelines.video import read_image, read_video, write_video
 from ..pipelines.videoshop.settings import DEFAULT, PAPER, REFERENCE, VideoshopSettings
 from .files import check_output, choose_size, free_name, resized, say, tell_length, tell_reading
+from .masks import check_mask_options, make_mask
 
 PRESETS = {"default": DEFAULT, "paper": PAPER, "reference": REFERENCE}
 SAME_PROPORTIONS = 0.02  # the edited frame's may differ by this share from the clip's
@@ -40,6 +41,8 @@ class EditJob:
     force: bool  # overwrite it
     model: str | None
     seed: int
+    mask: Tensor | None  # [T, H, W], where the edit may show
+    keep_pixels: bool
 
 
 def model_facts(model: str | None) -> ModelFacts:
@@ -78,6 +81,7 @@ def edit_settings(args: argparse.Namespace) -> VideoshopSettings:
 def prepare_edit(args: argparse.Namespace) -> EditJob:
     """Check and read all input, and say what is trimmed, resampled, resized or left out. Loads no model."""
     check_output(args.output, (args.clip, args.edited), args.force)
+    check_mask_options(args)
     settings, facts = edit_settings(args), model_facts(args.model)
     count = facts.frames if args.frames is None else args.frames
     if count < 2:
@@ -98,15 +102,18 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
     tell_length(frames, facts.frames)
     if read.has_audio:
         say("the audio track is left out")
+    clip, picture = resized("clip", read.frames, size), resized("edited frame", edited[None], size)[0]
     return EditJob(
-        clip=resized("clip", read.frames, size),
-        edited=resized("edited frame", edited[None], size)[0],
+        clip=clip,
+        edited=picture,
         fps=read.fps,
         settings=settings,
         output=args.output,
         force=args.force,
         model=args.model,
         seed=args.seed,
+        mask=make_mask(args, clip, picture, (width, height)),
+        keep_pixels=args.keep_pixels,
     )
 
 
@@ -138,7 +145,8 @@ def run_edit(args: argparse.Namespace) -> int:
         say("no --model: the embedded model is only a demonstration, it knows nothing but clips of its synthetic world")
     started = time.monotonic()
     generator = Generator().manual_seed(job.seed)
-    result = load_pipeline(job.model)(job.clip, job.edited, job.settings, generator)
+    pipeline, masked = load_pipeline(job.model), {"mask": job.mask, "keep_pixels": job.keep_pixels}
+    result = pipeline(job.clip, job.edited, job.settings, generator, **masked)
     output = free_name(job.output, job.force)
     write_video(output, result.frames, job.fps)
     calls = result.evaluations
