@@ -98,22 +98,22 @@ def propagate(
 ) -> Tensor:
     """Carry a mask of a clip's first frame along the clip's motion: one mask a frame, [T, H, W] of 0 and 1.
 
-    mask: [H, W], what is above 0.5 counts; clip: [T, 3, H, W] in 0..1. flow: how motion is estimated. Each pixel is
-    followed back to the first frame, step by step, and finds there whether it is masked; so the mask is sampled once
-    and does not blur. What is hidden for a while, or enters later, is not known to it. on_frame: called with the number
-    of each frame that is done. Raises ValueError for a mask of another size than the clip's.
+    mask: [H, W] in 0..1, what is above 0.5 counts; clip: [T, 3, H, W] in 0..1. flow: how motion is estimated. on_frame:
+    called with the number of each frame that is done. Each pixel is followed back to the first frame, step by step, and
+    finds there whether it is masked; so the mask is sampled once and does not blur. What is hidden for a while, or
+    enters later, is not known to it. Raises ValueError for a mask of another size than the clip's.
     """
     if clip.ndim != 4 or mask.shape != clip.shape[2:]:
         raise ValueError(
             f"got a mask of shape {tuple(mask.shape)} for a clip of shape {tuple(clip.shape)}; it must be "
             "[height, width] of the clip's frames"
         )
-    hard = (mask > 0.5).float().to(clip.device)
+    first = mask.float().to(clip.device)
     points = _grid(*mask.shape, clip)
-    origin, masks = points, [hard]  # where in the first frame each pixel comes from
+    origin, masks = points, [(first > 0.5).float()]  # where in the first frame each pixel comes from
     for number in range(1, len(clip)):
         origin = _look_up(origin, points + flow(clip[number], clip[number - 1]))
-        masks.append((_look_up(hard[None], origin)[0] > 0.5).float())
+        masks.append((_look_up(first[None], origin)[0] > 0.5).float())
         if on_frame is not None:
             on_frame(number)
     return torch.stack(masks)

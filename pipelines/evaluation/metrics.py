@@ -78,6 +78,23 @@ def colour_transfer(result: Tensor, source: Tensor, target: Tensor, mask: Tensor
     return torch.where(length > 1e-6, share, math.nan)
 
 
+def seam_error(result: Tensor, truth: Tensor, mask: Tensor) -> float:
+    """How far the step across a mask's edge is from the true one, in levels of 255: 0 where no seam shows.
+
+    The mean of |(a - b) - (a* - b*)| over all colours and all pairs of neighbouring pixels, side by side or one above
+    the other, of which one lies inside the mask (above 0) and one outside; a, b of the result and a*, b* of the truth.
+    result, truth: [T, C, H, W] in 0..1. mask: [T, H, W]. NaN for a mask without an edge. Raises ValueError for unequal
+    shapes.
+    """
+    _check_pair(result, truth, mask)
+    error, pairs = 0.0, 0
+    for axis in (-1, -2):
+        edge = (mask > 0).diff(dim=axis)
+        steps = (result.double() - truth.double()).diff(dim=axis).abs().mean(1)
+        error, pairs = error + float(steps[edge].sum()), pairs + int(edge.sum())
+    return 255 * error / pairs if pairs else math.nan
+
+
 def estimate_flow(clip: Tensor) -> Tensor:
     """Optical flow [T - 1, 2, H, W] (dx, dy in pixels) from each frame of a clip to the next, estimated by DIS.
 

@@ -22,6 +22,7 @@ from .inversion import Inversion
 
 SAME_PROPORTIONS = 0.02  # a mask's may differ by this share from the clip's
 SAME_LEVEL = 1e-4  # two noise levels are one that differ by less than this share
+RING = 8  # pixels around a mask in which the VAE's shift of colours is looked for: a patch of latents
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,22 @@ def composite(x: Tensor, source: Tensor, mask: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, source.dtype)
     x, source, mask = x.to(dtype), source.to(x.device, dtype), mask.to(x.device, dtype)
     return torch.where(mask > 0, torch.lerp(source, x, mask), source)
+
+
+def composite_pixels(frames: Tensor, source: Tensor, mask: Tensor, match: bool = True) -> Tensor:
+    """The frames of an edit with the source's own pixels outside the mask, bit for bit.
+
+    frames, source: [T, 3, H, W] in 0..1; mask: [T or 1, H, W] in 0..1.
+    match: first take away, a frame and colour, what the frames differ from the source by on average within RING pixels
+    around the mask. There both should be equal, and what they differ by is the VAE's: what it makes of a latent depends
+    on all of the frame, so that beside an edit the source's own latents decode a little lighter or darker.
+    """
+    if match:
+        hard = (mask > 0).float().expand(len(frames), -1, -1)
+        ring = (_widen(hard, RING) - hard)[:, None].to(frames)
+        shift = ((source.to(frames) - frames) * ring).sum((2, 3), keepdim=True)
+        frames = (frames + shift / ring.sum((2, 3), keepdim=True).clamp_min(1)).clamp(0, 1)
+    return composite(frames, source, mask[:, None])
 
 
 class StoredSource:

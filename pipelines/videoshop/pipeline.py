@@ -15,7 +15,7 @@ from ..video import check_frames, check_pixels
 from .denoising import GuidedDenoiser, sample_euler
 from .inversion import Inversion, sample_edm_inversion
 from .latents import augment, clip_preprocess, normalise, rescale, whiten_condition
-from .masks import StoredSource, check_mask, composite, latent_mask
+from .masks import StoredSource, check_mask, composite, composite_pixels, latent_mask
 from .settings import DEFAULT, VideoshopSettings
 
 Callback = Callable[[dict[str, Any]], None]
@@ -386,6 +386,6 @@ class VideoshopPipeline:
         result, evaluations = self._denoise(inversion, edited_frame, settings, tell("denoising"), progress, mask)
         frames = self.decode(result)
         if keep_pixels:
-            frames = composite(frames, video, mask[:, None])
+            frames = composite_pixels(frames, video, mask)
         counts = {"inversion": inversion.evaluations, "denoising": evaluations}
         return VideoshopResult(frames, result, inversion, counts)

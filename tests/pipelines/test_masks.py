@@ -19,6 +19,7 @@ from rewind.pipelines.videoshop.masks import (
     StoredSource,
     check_mask,
     composite,
+    composite_pixels,
     difference_mask,
     edit_mask,
     latent_mask,
@@ -173,6 +174,28 @@ def test_a_composite_is_the_source_outside_and_the_edit_inside_to_the_bit():
     torch.testing.assert_close(mixed[:, :, 5], 0.25 * x[:, :, 5] + 0.75 * source[:, :, 5])
     half = composite(x.half(), source, mask)
     assert half.dtype == torch.float32 and torch.equal(half[:, :, :2], source[:, :, :2])
+
+
+def test_pixels_are_the_sources_outside_and_lose_the_vaes_shift_inside():
+    """A shift of colours that differs by frame, all over the frames, is known from outside and taken away inside."""
+    generator = torch.Generator().manual_seed(0)
+    source, edited = (0.2 + 0.6 * torch.rand(3, 3, 40, 40, generator=generator) for _ in range(2))
+    mask = torch.zeros(3, 40, 40)
+    mask[:2, 12:20, 10:25], mask[2] = 1.0, 1.0
+    shift = torch.tensor([[0.05, -0.1, 0.0], [-0.05, 0.02, 0.1], [0.1, 0.1, 0.1]])[:, :, None, None]
+    true = torch.where(mask[:, None] == 1, edited, source)
+    found = composite_pixels(true + shift, source, mask)
+    outside = (mask == 0)[:, None].expand_as(source)
+    assert torch.equal(found[outside], source[outside])
+    torch.testing.assert_close(found[:2], true[:2])
+    torch.testing.assert_close(found[2], (true + shift)[2])  # masked as a whole: nothing is known of it
+    plain = composite_pixels(true + shift, source, mask, match=False)
+    assert torch.equal(plain, composite(true + shift, source, mask[:, None]))
+    far = true + shift
+    far[0, :, 30:] += 0.2  # beyond the ring
+    torch.testing.assert_close(composite_pixels(far, source, mask)[:2], true[:2])
+    still = composite_pixels(true + shift, source, mask[:1])
+    assert torch.equal(still[1][outside[1]], source[1][outside[1]])
 
 
 def inverted(path, top, shape=(4, 4, 3, 5)):

@@ -15,6 +15,7 @@ from rewind.pipelines.evaluation.metrics import (
     flow_error,
     lower_bound,
     psnr,
+    seam_error,
     share_bound,
     ssim,
 )
@@ -150,3 +151,20 @@ def test_the_share_bound_is_where_the_share_would_be_told_from_it():
 def test_bad_input_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call(torch.zeros(2, 3, 8, 8))
+
+
+def test_a_seam_is_the_error_of_the_steps_across_the_edge():
+    """A square of 3 x 2 pixels has 10 pairs at its edge; what is wrong elsewhere does not count."""
+    truth = torch.rand(1, 3, 8, 9, generator=torch.Generator().manual_seed(0)) / 2
+    mask = torch.zeros(1, 8, 9)
+    mask[:, 2:5, 3:5] = 1
+    lighter = truth + 0.1 * mask[:, None]
+    assert seam_error(lighter, truth, mask) == pytest.approx(25.5, abs=1e-4)
+    assert seam_error(truth + 0.1, truth, mask) == pytest.approx(0, abs=1e-4)
+    assert seam_error(lighter, truth, torch.nn.functional.max_pool2d(mask, 3, 1, 1)) == pytest.approx(0, abs=1e-4)
+    one = truth.clone()
+    one[:, 0, 2, 3] += 0.3  # a corner, in one colour: two of the 10 pairs
+    assert seam_error(one, truth, mask) == pytest.approx(255 * 0.1 * 2 / 10, abs=1e-4)
+    assert math.isnan(seam_error(truth, truth, torch.ones_like(mask)))
+    with pytest.raises(ValueError, match="mask of shape"):
+        seam_error(truth, truth, mask[:, 1:])

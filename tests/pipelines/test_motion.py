@@ -86,7 +86,7 @@ def test_the_masks_of_moving_objects_are_the_true_ones(world):
         assert still[-1] < 0.5, "the object hardly moves: the clip says nothing"
     found = torch.tensor(found)
     assert float(found[:, 0].min()) == 1
-    assert float(found.min()) > 0.93 and float(found[:, -1].mean()) > 0.96, found
+    assert float(found.min()) > 0.94 and float(found[:, -1].mean()) > 0.975, found
 
 
 def test_a_mask_of_another_size_is_refused():
