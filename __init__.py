@@ -42,7 +42,7 @@ async def comfy_entrypoint():
 
 
 def _nodes() -> list[type]:
-    from .nodes import demo, dreamix, ei2, finetuning, inspection, preparation, videoshop
+    from .nodes import demo, dreamix, ei2, finetuning, inspection, masks, preparation, videoshop
 
     return [
         preparation.VideoshopConditioning,
@@ -51,6 +51,10 @@ def _nodes() -> list[type]:
         videoshop.EDMInversionSampler,
         videoshop.SVDDenoise,
         preparation.LatentRescale,
+        masks.EditMask,
+        masks.MaskedSampler,
+        masks.SourceComposite,
+        masks.PixelComposite,
         inspection.RoundTripCheck,
         inspection.TrajectoryPlot,
         dreamix.DreamixPreset,

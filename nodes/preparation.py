@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..pipelines.videoshop.latents import NORMALISATIONS, augment, normalise, rescale, whiten_condition
+from ..pipelines.videoshop.masks import latent_mask
 from ..pipelines.videoshop.settings import DEFAULT
 from .host import sampling
 from .host.encoding import check_images
@@ -18,6 +19,7 @@ from .host.schema import ADVANCED, Schema
 
 CATEGORY = "Rewind/Videoshop"
 NORMALISATION = "rewind_normalisation"  # the key under which a LATENT carries how it was normalised
+ORIGINAL = "rewind_original"  # and what it was before
 
 
 def resized(images: Tensor, width: int, height: int, name: str) -> Tensor:
@@ -41,6 +43,11 @@ def check_same_shape(clip: Tensor, edited_frame: Tensor) -> None:
             f"edited_frame is {w} x {h}, the clip {width} x {height}: the proportions differ, so the edit would not "
             "lie over the clip; crop or pad the edited frame to the clip's proportions"
         )
+
+
+def region(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """A MASK [H, W] or [n, H, W] as a mask of latents of a shape, see `latent_mask`; None for none."""
+    return None if mask is None else latent_mask(mask.reshape(-1, *mask.shape[-2:]).float().cpu(), shape)
 
 
 def _size_inputs() -> list[io.Input]:
@@ -235,6 +242,12 @@ class LatentNormalize(io.ComfyNode):
                     tooltip="1 normalises fully, as in the paper; lower goes part of the way; 0 hands the latent on "
                     "unchanged.",
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="The mask of SVD Denoise, if it has one: the spread is then measured inside it, where the "
+                    "edit is. Without it the whole clip counts.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("normalized", tooltip="The normalised latent: connect to an inversion, not to a VAE.")
@@ -242,18 +255,20 @@ class LatentNormalize(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, latent: dict[str, Any], kind: str, strength: float) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, latent: dict[str, Any], kind: str, strength: float, mask: Tensor | None = None
+    ) -> io.NodeOutput:
         samples = sampling.check_latent(model, latent)
         if latent.get(NORMALISATION) is not None:
             raise ValueError(
                 "this LATENT is normalised already: connect the VAE-encoded clip, and one Latent Normalize"
             )
-        normalised, normalisation = normalise(model.model.process_latent_in(samples), kind, strength)
+        clean = model.model.process_latent_in(samples)
+        normalised, normalisation = normalise(clean, kind, strength, mask=region(mask, samples.shape))
         if normalisation is None:
             return io.NodeOutput({**latent, "samples": samples})
-        return io.NodeOutput(
-            {**latent, "samples": model.model.process_latent_out(normalised), NORMALISATION: normalisation}
-        )
+        normalised = model.model.process_latent_out(normalised)
+        return io.NodeOutput({**latent, "samples": normalised, NORMALISATION: normalisation, ORIGINAL: samples})
 
 
 class LatentRescale(io.ComfyNode):
@@ -284,6 +299,12 @@ class LatentRescale(io.ComfyNode):
                     "nothing. On the embedded model it makes hardly a difference, hence the default; raise it where "
                     "colours have shifted.",
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="The mask of SVD Denoise, if it has one: mean and spread are then those inside it, and "
+                    "what lies outside stays as it is, to the bit. Without it everything is changed.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("rescaled", tooltip="The clip with the reference's statistics: connect to VAE Decode.")
@@ -291,5 +312,9 @@ class LatentRescale(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, latent: dict[str, Any], reference: dict[str, Any], strength: float) -> io.NodeOutput:
-        return io.NodeOutput({**latent, "samples": rescale(latent["samples"], reference["samples"], strength)})
+    def execute(
+        cls, latent: dict[str, Any], reference: dict[str, Any], strength: float, mask: Tensor | None = None
+    ) -> io.NodeOutput:
+        samples = latent["samples"]
+        rescaled = rescale(samples, reference["samples"], strength, mask=region(mask, samples.shape))
+        return io.NodeOutput({**latent, "samples": rescaled})

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..pipelines.denoiser import truncate_sigmas
 from ..pipelines.videoshop.inversion import GUESSES, Inversion
+from ..pipelines.videoshop.masks import StoredSource, composite
 from ..pipelines.videoshop.settings import DEFAULT
 from .host import sampling
 from .host.schema import ADVANCED, InversionType, Schema
-from .preparation import CATEGORY, NORMALISATION
+from .preparation import CATEGORY, NORMALISATION, ORIGINAL, region
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,23 @@ def _inversion_outputs() -> list[io.Output]:
         ),
         InversionType.Output("inversion", tooltip="All of it in one: connect to SVD Denoise and the checks."),
     ]
+
+
+def _original(model: Any, latent: dict[str, Any], samples: Tensor) -> Tensor:
+    """The clip in the VAE's space as it was before Latent Normalize, on the CPU.
+
+    What that node kept is it to the bit. Where the LATENT was changed since, the normalisation is undone instead.
+    """
+    normalisation = latent.get(NORMALISATION)
+    if normalisation is None:
+        return samples.cpu()
+    to_model, to_vae = model.model.process_latent_in, model.model.process_latent_out
+    kept = latent.get(ORIGINAL)
+    if kept is not None and kept.shape == samples.shape:
+        again = to_vae(normalisation.apply(to_model(kept)))
+        if torch.allclose(again.to(samples), samples, rtol=1e-4, atol=1e-4):
+            return kept.cpu()
+    return to_vae(normalisation.undo(to_model(samples.float()))).cpu()
 
 
 class EDMInversion(io.ComfyNode):
@@ -213,9 +231,10 @@ class EDMInversion(io.ComfyNode):
             evaluations=steps[-1]["evaluations"],
             settings={**options, "strength": strength, "seed": seed, "cfg": cfg, "path": path},
             source=source,
+            original=_original(model, latent, samples),
         )
         # A mask would make the next sampler paste the inverted clip back; its normalisation is the inversion's now.
-        kept = {name: value for name, value in latent.items() if name not in ("noise_mask", NORMALISATION)}
+        kept = {name: value for name, value in latent.items() if name not in ("noise_mask", NORMALISATION, ORIGINAL)}
         resume = sampling.InvertedNoise(inversion.latent, model_sampling, inversion.sigmas, seed)
         return io.NodeOutput({**kept, "samples": result}, inversion.sigmas, resume, inversion)
 
@@ -282,6 +301,16 @@ def _interval_inputs() -> list[io.Input]:
     ]
 
 
+def _mask_input() -> io.Input:
+    return io.Mask.Input(
+        "mask",
+        optional=True,
+        tooltip="Where the edit may show, best from Edit Mask: one mask a frame, or one for all. Outside it the "
+        "source's own noise is put back at every step, and in the end the source's latent itself, to the bit; a soft "
+        "edge mixes both. Without it the whole clip is played anew.",
+    )
+
+
 class SVDDenoise(io.ComfyNode):
     """An inverted clip played again with the edited first frame."""
 
@@ -326,6 +355,7 @@ class SVDDenoise(io.ComfyNode):
                     "the paper's released code; without a Latent Normalize it changes nothing.",
                 ),
                 *_interval_inputs(),
+                _mask_input(),
             ],
             outputs=[io.Latent.Output("latent", tooltip="The edited clip: connect to Latent Rescale.")],
         )
@@ -342,6 +372,7 @@ class SVDDenoise(io.ComfyNode):
         denormalize: bool,
         guidance_from: float = 0.0,
         guidance_to: float = 1000.0,
+        mask: Tensor | None = None,
     ) -> io.NodeOutput:
         if not sampling.is_svd(model):
             raise ValueError(
@@ -358,6 +389,11 @@ class SVDDenoise(io.ComfyNode):
         guider.set_guidance(first_guidance, last_guidance, (guidance_from, guidance_to))
         undo = inversion.normalisation.undo if denormalize and inversion.normalisation is not None else None
         seed = inversion.settings.get("seed", 0)
-        sampler = sampling.euler_sampler(undo)
+        masked = region(mask, samples.shape)
+        if masked is not None and inversion.original is None:
+            raise ValueError("the inversion does not hold the source's latent, which the mask is to keep: make it anew")
+        sampler = sampling.euler_sampler(undo, None if masked is None else StoredSource(inversion, masked))
         result = sampling.sample(guider, sampler, inversion.sigmas, samples, torch.zeros_like(samples), seed)
+        if masked is not None:
+            result = composite(result, inversion.original, masked)
         return io.NodeOutput({"samples": result})

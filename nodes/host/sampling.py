@@ -128,11 +128,16 @@ def inversion_sampler(on_step: Callable[[Step], None] | None = None, **options: 
     return DirectSampler(invert, on_step)
 
 
-def euler_sampler(finish: Callable[[Tensor], Tensor] | None = None) -> DirectSampler:
-    """The Euler sampler that the inversion inverts, from the latent as it is; `finish` is applied to its result."""
+def euler_sampler(
+    finish: Callable[[Tensor], Tensor] | None = None, put_back: Callable[[Tensor, float], Tensor] | None = None
+) -> DirectSampler:
+    """The Euler sampler that the inversion inverts, from the latent as it is; `finish` is applied to its result.
+
+    put_back: see `sample_euler`.
+    """
 
     def denoise(denoiser, x, sigmas, *, noise, path, extra_args, callback):
-        x = sample_euler(denoiser, x, sigmas, extra_args, callback, disable=True)
+        x = sample_euler(denoiser, x, sigmas, extra_args, callback, disable=True, put_back=put_back)
         return x if finish is None else finish(x)
 
     return DirectSampler(denoise)

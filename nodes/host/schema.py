@@ -15,6 +15,7 @@ _KNOWN = set(io.Schema.__dataclass_fields__)
 
 InversionType = io.Custom("REWIND_INVERSION")
 EI2WeightsType = io.Custom("REWIND_EI2_WEIGHTS")
+OpticalFlowType = io.Custom("OPTICAL_FLOW")  # the host's own, from 0.33's Load Optical Flow Model
 
 # `advanced` is a keyword of inputs on newer hosts only; as an extra entry every host passes it on to the page.
 ADVANCED = {"advanced": True}
