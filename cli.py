@@ -122,7 +122,7 @@ def benchmark_ei2(args: argparse.Namespace, common: dict[str, Any]) -> int:
 
 def run_benchmark(args: argparse.Namespace) -> int:
     """`rewind benchmark`."""
-    from .benchmarks import cost, model, round_trip, sweep, videoshop
+    from .benchmarks import cost, local, model, round_trip, sweep, videoshop
 
     if args.clips is not None and args.clips < 2:
         raise ValueError(f"got --clips {args.clips}; a spread needs at least 2")
@@ -134,6 +134,9 @@ def run_benchmark(args: argparse.Namespace) -> int:
         return benchmark_dreamix(args, common)
     if args.what == "ei2":
         return benchmark_ei2(args, common)
+    if args.what == "local":
+        local.main(args.clips or local.CLIPS, args.seeds or "test", args.kinds or EDITS, **common)
+        return 0
     if args.what == "model":
         passed = model.main(args.clips or 64, args.seeds or "test", **common)
         return int(args.strict and not passed)
@@ -160,13 +163,13 @@ class Parser(argparse.ArgumentParser):
 
 def add_benchmark(commands: Any) -> None:
     bench = commands.add_parser("benchmark", help="measure against the synthetic world's known answers")
-    bench.add_argument("what", choices=("model", "videoshop", "dreamix", "ei2", "cost"))
+    bench.add_argument("what", choices=("model", "videoshop", "local", "dreamix", "ei2", "cost"))
     bench.add_argument(
-        "--clips", type=int, help="default: model 64, videoshop 32 (round trip 16), sweep 8, dreamix 10, ei2 8"
+        "--clips", type=int, help="default: model 64, videoshop 32 (round trip, local 16), sweep 8, dreamix 10, ei2 8"
     )
     bench.add_argument("--seeds", choices=("validation", "test"), help="default: test, of a sweep validation")
     bench.add_argument(
-        "--kinds", nargs="+", choices=EDITS, help="videoshop: kinds of edit (default: all; of a sweep two)"
+        "--kinds", nargs="+", choices=EDITS, help="videoshop, local: kinds of edit (default: all; of a sweep two)"
     )
     bench.add_argument("--in-turn", action="store_true", help="videoshop: one kind a clip, a sixth of the time")
     bench.add_argument("--only", choices=("edits", "round-trip"), help="videoshop: one part")

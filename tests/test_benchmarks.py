@@ -13,44 +13,25 @@ import pytest
 import tiny_text_image
 import tiny_text_video
 import torch
+from quick import quick_pipeline
 
 from rewind.benchmarks import cost, editing, model, round_trip, runner, sweep, text_to_image, text_to_video, videoshop
 from rewind.demo.clip import SEEDS, example
-from rewind.demo.models import ImageToVideoConfig, build_image_encoder, build_unet
 from rewind.pipelines.dreamix.pipeline import DreamixPipeline
 from rewind.pipelines.evaluation.metrics import PSNR_CAP
-from rewind.pipelines.videoshop.pipeline import VideoshopPipeline
 from rewind.pipelines.videoshop.settings import DEFAULT, NAIVE, PAPER, REFERENCE
 
 SEED = SEEDS["validation"]
 
 
-class QuickPipeline(VideoshopPipeline):
-    """In place of a VAE: the picture eight times smaller, and enlarged again."""
-
-    def _encode(self, pixels):
-        small = torch.nn.functional.avg_pool2d(pixels, 8)
-        return torch.cat([small, small.mean(1, keepdim=True)], 1) / 0.05
-
-    def decode(self, latents):
-        small = latents[:, :3] / self.scaling_factor * 0.05
-        return torch.nn.functional.interpolate(small / 2 + 0.5, scale_factor=8).clamp(0, 1)
-
-
 @pytest.fixture(scope="module")
 def pipeline():
-    """The embedded model's architecture, smaller still and with fresh weights."""
-    torch.manual_seed(0)
-    config = ImageToVideoConfig(unet_channels=(32, 64), context=32, clip_hidden=32, clip_layers=1)
-    unet, image_encoder = (
-        part.eval().requires_grad_(False) for part in (build_unet(config), build_image_encoder(config))
-    )
-    return QuickPipeline(unet, None, image_encoder)
+    return quick_pipeline()
 
 
 @pytest.fixture(scope="module")
 def text_pipeline():
-    """The same of the text-to-video model."""
+    """The embedded text-to-video model's architecture, tiny and with fresh weights."""
     return DreamixPipeline(tiny_text_video.family("TextSVD"))
 
 
