@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import help_ei2
+import help_masks
 from help_studio import COLUMNS, NOISE_SEED, SIZE, STEPS, Studio, picture, stack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,6 +262,7 @@ PICTURES: dict[str, Callable[[Studio], Any]] = {
     "RewindDreamixCorrupt.jpg": dreamix_corrupt,
     "RewindDreamixFineTune.jpg": dreamix_fine_tune,
     "RewindDreamixCoarseVideo.jpg": dreamix_coarse_video,
+    **help_masks.PICTURES,
     **help_ei2.PICTURES,
 }
 
