@@ -18,6 +18,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from .files import read_tensors, write_tensors
+
 State = dict[str, Tensor]
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -166,8 +168,6 @@ def finish(
 
 def write_checkpoint(path: Path, run: Run) -> None:
     """Write a run's state: its weights, the optimiser's state, the losses. The file is whole at any time."""
-    from safetensors.torch import save_file
-
     tensors = dict(run.weights())
     for index, p in enumerate(run.parameters):
         for name, value in run.optimizer.state.get(p, {}).items():
@@ -176,22 +176,12 @@ def write_checkpoint(path: Path, run: Run) -> None:
         tensors[f"losses.{name}"] = torch.tensor(values, dtype=torch.float64)
     about = {"format": run.format, "step": str(run.step), "fingerprint": run.fingerprint()}
     about["scaler"] = json.dumps(run.scaler.state_dict())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, metadata=about)
-    partial.replace(path)
+    write_tensors(path, tensors, about)
 
 
 def read_checkpoint(path: Path, run: Run) -> None:
     """Bring a fresh run to where a file's stopped. ValueError for a broken file, or one of another run."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): delete it to start anew") from error
+    tensors, about = read_tensors(path, f": delete it, in {path.parent}, to start anew")
     if about.get("format") != run.format or about.get("fingerprint") != run.fingerprint():
         raise ValueError(f"{path} belongs to another fine-tuning: move it away, or give another file")
     own = ("optimizer.", "losses.")

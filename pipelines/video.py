@@ -6,10 +6,7 @@ In memory a clip is [T, 3, H, W] and a picture [3, H, W], float in 0..1.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -19,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from .files import written_whole
 
 BT709 = 1  # of ISO/IEC 23091-4: colorspace, primaries and transfer alike
 UNEVEN = 0.5  # frames' durations may differ by this share of the mean one before a clip counts as uneven
@@ -131,21 +130,6 @@ def read_video(path: str | Path, frames: int | None = None, fps: float | None = 
     return Clip(pixels, Fraction(fps).limit_denominator(65535) if fps else rate, rate, has_audio, trimmed, uneven)
 
 
-@contextmanager
-def _written_whole(path: Path) -> Iterator[str]:
-    """The name of a file to write beside `path`, which becomes `path` when all went well and is gone otherwise."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    try:
-        yield partial
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(partial, 0o666 & ~mask)  # what a file that is simply opened gets
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
-
-
 def write_video(path: str | Path, frames: Tensor, fps: float | Fraction, chroma: str = "420", crf: int = 12) -> None:
     """Write a clip as H.264, tagged BT.709.
 
@@ -163,7 +147,7 @@ def write_video(path: str | Path, frames: Tensor, fps: float | Fraction, chroma:
     height, width = frames.shape[2:]
     if chroma == "420" and (height % 2 or width % 2):
         raise ValueError(f"got frames of {width}x{height}; H.264 with 4:2:0 chroma takes even sides: crop a pixel")
-    with _written_whole(Path(path)) as partial, av.open(partial, "w") as container:
+    with written_whole(Path(path)) as partial, av.open(partial, "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(65535))
         stream.width, stream.height, stream.pix_fmt = width, height, f"yuv{chroma}p"
         stream.options = {"crf": str(crf), "preset": "slow"}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import read_tensors, write_tensors
 from ..training import State
 from .inflation import InflationSettings, architecture, transformer_blocks
 from .stam import TemporalAttention
@@ -85,27 +86,9 @@ def _in_short(text: str) -> str:
 
 def save_weights(path: Path, weights: EI2Weights, dtype: torch.dtype = torch.float16) -> None:
     """Write them to one safetensors file, whole at any time, in half precision by default."""
-    from safetensors.torch import save_file
-
     about = {"format": FORMAT, "architecture": weights.architecture, "caption": weights.caption}
     about |= {"settings": json.dumps(asdict(weights.settings)), "about": json.dumps(weights.about)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    tensors = {PREFIX + key: tensor.to(dtype).contiguous() for key, tensor in weights.tensors.items()}
-    save_file(tensors, partial, metadata=about)
-    _sort_metadata(partial)
-    partial.replace(path)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put a safetensors file's metadata in order, in its place: the library's own order changes from run to run, and
-    equal weights should give equal files."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
+    write_tensors(path, {PREFIX + key: tensor.to(dtype) for key, tensor in weights.tensors.items()}, about)
 
 
 def load_weights(path: Path) -> EI2Weights:
@@ -113,16 +96,10 @@ def load_weights(path: Path) -> EI2Weights:
 
     Raises FileNotFoundError where there is none, ValueError for a broken one, or one that holds something else.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.exists():
         raise FileNotFoundError(f"there are no EI² weights at {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            tensors = {key.removeprefix(PREFIX): file.get_tensor(key).float() for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} is not a whole safetensors file: {error}") from error
+    read, about = read_tensors(path)
+    tensors = {key.removeprefix(PREFIX): tensor.float() for key, tensor in read.items()}
     if about.get("format") != FORMAT:
         raise ValueError(f"{path.name} holds no EI² weights: give a file that EI² Save Weights or `rewind ei2` wrote")
     try:
