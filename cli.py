@@ -122,7 +122,7 @@ def benchmark_ei2(args: argparse.Namespace, common: dict[str, Any]) -> int:
 
 def run_benchmark(args: argparse.Namespace) -> int:
     """`rewind benchmark`."""
-    from .benchmarks import cost, local, model, round_trip, sweep, videoshop
+    from .benchmarks import chunks, cost, local, model, round_trip, sweep, videoshop
 
     if args.clips is not None and args.clips < 2:
         raise ValueError(f"got --clips {args.clips}; a spread needs at least 2")
@@ -136,6 +136,9 @@ def run_benchmark(args: argparse.Namespace) -> int:
         return benchmark_ei2(args, common)
     if args.what == "local":
         local.main(args.clips or local.CLIPS, args.seeds or "test", args.kinds or EDITS, **common)
+        return 0
+    if args.what == "chunks":
+        chunks.main(args.clips or 8, args.seeds or "test", **common)
         return 0
     if args.what == "model":
         passed = model.main(args.clips or 64, args.seeds or "test", **common)
@@ -163,9 +166,11 @@ class Parser(argparse.ArgumentParser):
 
 def add_benchmark(commands: Any) -> None:
     bench = commands.add_parser("benchmark", help="measure against the synthetic world's known answers")
-    bench.add_argument("what", choices=("model", "videoshop", "local", "dreamix", "ei2", "cost"))
+    bench.add_argument("what", choices=("model", "videoshop", "local", "chunks", "dreamix", "ei2", "cost"))
     bench.add_argument(
-        "--clips", type=int, help="default: model 64, videoshop 32 (round trip, local 16), sweep 8, dreamix 10, ei2 8"
+        "--clips",
+        type=int,
+        help="default: model 64, videoshop 32 (round trip, local 16), sweep 8, chunks 8, dreamix 10, ei2 8",
     )
     bench.add_argument("--seeds", choices=("validation", "test"), help="default: test, of a sweep validation")
     bench.add_argument(

@@ -17,6 +17,7 @@ from ..pipelines.ei2.pipeline import EI2_GUESSES, EI2Settings
 from ..pipelines.ei2.stam import AXES, TEMPORALS
 from ..pipelines.ei2.tuning import OneShot
 from ..pipelines.videoshop.masks import DEFAULT_MASK
+from ..pipelines.videoshop.trajectory import DTYPES
 from .dreamix import KINDS, run_dreamix
 from .edit import PRESETS, run_edit
 from .ei2 import EMBEDDED_SETTINGS, EMBEDDED_TUNING, FRAMES, run_ei2
@@ -37,9 +38,7 @@ def add_edit(commands: Any) -> None:
         "--model",
         help="Stable Video Diffusion in diffusers' layout: a folder or a hub's id (default: the embedded model)",
     )
-    edit.add_argument(
-        "--preset", choices=PRESETS, default="default", help="settings to start from (default: %(default)s)"
-    )
+    edit.add_argument("--preset", choices=PRESETS, help="settings to start from (default: default)")
     edit.add_argument("--steps", type=int, help="of the schedule; more return the clip more exactly")
     edit.add_argument("--strength", type=float, help="0..1: higher leaves the edit more room, lower keeps the source")
     edit.add_argument("--refine", type=int, help="repetitions of each inversion step: a more exact round trip")
@@ -58,9 +57,10 @@ def add_edit(commands: Any) -> None:
         "--fps", type=int, help="resample the clip to it and tell the model (default: every frame as it is)"
     )
     edit.add_argument("--motion-bucket", type=int, help="how much motion the model is told of")
-    edit.add_argument("--seed", type=int, default=0)
-    edit.add_argument("--force", action="store_true", help="overwrite the output")
+    edit.add_argument("--seed", type=int, help="(default: 0)")
+    edit.add_argument("--force", action="store_true", help="overwrite what is written")
     add_edit_mask(edit.add_argument_group("the mask", "what lies outside it comes back as it was"))
+    add_edit_inversion(edit.add_argument_group("one inversion for many edits of a clip"))
     edit.set_defaults(run=run_edit)
 
 
@@ -89,6 +89,13 @@ def add_edit_mask(group: Any) -> None:
     group.add_argument(
         "--keep-pixels", action="store_true", help="outside keep the clip's own pixels, which the VAE never saw"
     )
+
+
+def add_edit_inversion(group: Any) -> None:
+    file = group.add_mutually_exclusive_group()
+    file.add_argument("--save-inversion", type=Path, metavar="FILE.safetensors", help="keep the clip's inversion")
+    file.add_argument("--inversion", type=Path, metavar="FILE.safetensors", help="use a kept one instead")
+    group.add_argument("--trajectory", choices=DTYPES, help="precision of the states that are kept (default: float32)")
 
 
 def move_name(text: str) -> str:

@@ -8,16 +8,28 @@ import time
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, allclose
 
+from ..pipelines.evaluation.memory import in_words
 from ..pipelines.video import read_image, read_video, write_video
+from ..pipelines.videoshop.costs import denoising_evaluations, evaluations_in_words, inversion_evaluations
+from ..pipelines.videoshop.inversion import Inversion
+from ..pipelines.videoshop.inversion_file import file_bytes, load_inversion, save_inversion
 from ..pipelines.videoshop.settings import DEFAULT, PAPER, REFERENCE, VideoshopSettings
-from .files import check_output, choose_size, free_name, resized, say, tell_length, tell_reading
-from .masks import check_mask_options, make_mask
+from ..pipelines.videoshop.trajectory import DTYPES, trajectory_bytes
+from .files import check_output, choose_size, free_name, given, resized, say, tell_length, tell_reading
+from .masks import NONE, check_mask_options, make_mask
+
+if TYPE_CHECKING:
+    from ..pipelines.videoshop.pipeline import VideoshopPipeline
 
 PRESETS = {"default": DEFAULT, "paper": PAPER, "reference": REFERENCE}
 SAME_PROPORTIONS = 0.02  # the edited frame's may differ by this share from the clip's
+OF_THE_INVERSION = ("preset", "steps", "strength", "refine", "motion_bucket", "seed", "trajectory")
+MOST_STEPS = 10_000  # of a schedule that a file asks for
+SAME_CLIP = 0.05  # latents of one clip differ by this share at most, on other devices and in other precisions
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,9 @@ class EditJob:
     seed: int
     mask: Tensor | None  # [T, H, W], where the edit may show
     keep_pixels: bool
+    inversion: Inversion | None  # of this clip, from a file
+    save_inversion: Path | None
+    trajectory: str  # the precision that it is saved in
 
 
 def model_facts(model: str | None) -> ModelFacts:
@@ -69,20 +84,77 @@ def model_facts(model: str | None) -> ModelFacts:
     )
 
 
-def edit_settings(args: argparse.Namespace) -> VideoshopSettings:
-    """The preset with what the command line changes. Raises ValueError for a value out of range."""
+def edit_settings(args: argparse.Namespace, inversion: Inversion | None = None) -> VideoshopSettings:
+    """The preset, or the settings of an inversion, with what the command line changes.
+
+    Raises ValueError for a value out of range.
+    """
     named = ("steps", "strength", "refine", "fps", "motion_bucket")
     changes = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
     if args.guidance:
         changes |= {"first_guidance": args.guidance[0], "last_guidance": args.guidance[1]}
-    return replace(PRESETS[args.preset], **changes)
+    start = PRESETS[args.preset or "default"] if inversion is None else VideoshopSettings(**inversion.settings)
+    return replace(start, **changes)
+
+
+def read_inversion(args: argparse.Namespace) -> Inversion | None:
+    """The inversion of --inversion. Raises for one that cannot be used, and for options that it has settled already."""
+    if args.inversion is None:
+        if args.trajectory is not None and args.save_inversion is None:
+            raise ValueError("--trajectory is of what --save-inversion keeps: give both, or neither")
+        return None
+    settled = ["--" + name.replace("_", "-") for name in OF_THE_INVERSION if given(args, name)]
+    if settled:
+        raise ValueError(f"{args.inversion} was made with settings of its own: leave out {', '.join(settled)}")
+    inversion = load_inversion(args.inversion)
+    try:
+        settings = VideoshopSettings(**inversion.settings)
+        if inversion.source is None or settings.augmentation and inversion.augmentation_noise is None:
+            raise ValueError("it lacks the source or the augmentation noise")
+        if settings.steps > MOST_STEPS or len(levels := settings.sigmas()) != len(inversion.sigmas):
+            raise ValueError("it has another number of noise levels than its settings")
+        if not allclose(levels, inversion.sigmas.to(levels)):
+            raise ValueError("its noise levels are not those of its settings")
+        if inversion.trajectory is None and args.mask != NONE:
+            raise ValueError("it lacks the states that are put back outside a mask")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{args.inversion} was not made by `rewind edit` of this version ({error}): what ComfyUI's nodes saved is "
+            "for Load Inversion"
+        ) from error
+    if args.fps not in (None, settings.fps):
+        raise ValueError(f"{args.inversion} was made for {settings.fps} frames a second, not --fps {args.fps}")
+    return inversion
+
+
+def check_clip_of(inversion: Inversion, file: Path, clip: Tensor, pipeline: VideoshopPipeline) -> None:
+    """ValueError unless an inversion is of this model and of this clip [T, 3, H, W]; its ends are compared."""
+    if inversion.model is not None:
+        inversion.model.check(pipeline.fingerprint(), str(file))
+    ends = [0, len(clip) - 1]
+    encoded, kept = pipeline.encode(clip[ends]).cpu(), inversion.source[ends]
+    apart = float((encoded - kept).norm() / kept.norm().clamp(min=1e-12))
+    if not apart < SAME_CLIP:
+        raise ValueError(
+            f"{file} is the inversion of another clip, or of this one otherwise cut ({apart:.0%} apart): give the clip "
+            "and --fps of the run that saved it"
+        )
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raise for results that could not be written."""
+    inputs = [path for path in (args.clip, args.edited, args.inversion) if path is not None]
+    check_output(args.output, inputs, args.force)
+    if args.save_inversion is not None:
+        check_output(args.save_inversion, inputs, args.force, (".safetensors",))
 
 
 def prepare_edit(args: argparse.Namespace) -> EditJob:
     """Check and read all input, and say what is trimmed, resampled, resized or left out. Loads no model."""
-    check_output(args.output, (args.clip, args.edited), args.force)
+    check_files(args)
     check_mask_options(args)
-    settings, facts = edit_settings(args), model_facts(args.model)
+    inversion = read_inversion(args)
+    settings, facts = edit_settings(args, inversion), model_facts(args.model)
     count = facts.frames if args.frames is None else args.frames
     if count < 2:
         raise ValueError(f"got --frames {count}; a clip has at least 2")
@@ -97,6 +169,11 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
             "differ; edit the clip's own first frame without cropping it"
         )
     size = choose_size(args.size, width, height, facts.area, facts.multiple)
+    if inversion is not None and inversion.latent.shape != (wanted := (frames, 4, size[1] // 8, size[0] // 8)):
+        raise ValueError(
+            f"{args.inversion} is for latents of shape {tuple(inversion.latent.shape)}, the clip has {wanted}: give "
+            "--frames, --size and --fps of the run that saved it"
+        )
 
     tell_reading(read, args.frames, args.fps)
     tell_length(frames, facts.frames)
@@ -111,10 +188,28 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
         output=args.output,
         force=args.force,
         model=args.model,
-        seed=args.seed,
+        seed=args.seed or 0,
         mask=make_mask(args, clip, picture, (width, height)),
         keep_pixels=args.keep_pixels,
+        inversion=inversion,
+        save_inversion=args.save_inversion,
+        trajectory=args.trajectory or "float32",
     )
+
+
+def tell_costs(job: EditJob) -> None:
+    """Say what the edit costs, before it starts."""
+    s, sigmas = job.settings, job.settings.sigmas() if job.inversion is None else job.inversion.sigmas
+    steps = len(sigmas) - 1
+    back = denoising_evaluations(sigmas, s.first_guidance, s.last_guidance, s.guidance_interval)
+    there = (
+        "an inversion that is there" if job.inversion else evaluations_in_words(*inversion_evaluations(steps, s.refine))
+    )
+    say(f"{there}, and {evaluations_in_words(back)} for the way back")
+    if job.save_inversion is not None:
+        shape = (len(job.clip), 4, job.clip.shape[2] // 8, job.clip.shape[3] // 8)
+        size = trajectory_bytes(shape, steps, DTYPES[job.trajectory])
+        say(f"the clip at {steps + 1} noise levels in {job.trajectory} takes {in_words(size)} of main memory")
 
 
 def load_pipeline(model: str | None):
@@ -143,15 +238,33 @@ def run_edit(args: argparse.Namespace) -> int:
     job = prepare_edit(args)
     if job.model is None:
         say("no --model: the embedded model is only a demonstration, it knows nothing but clips of its synthetic world")
+    tell_costs(job)
     started = time.monotonic()
     generator = Generator().manual_seed(job.seed)
-    pipeline, masked = load_pipeline(job.model), {"mask": job.mask, "keep_pixels": job.keep_pixels}
-    result = pipeline(job.clip, job.edited, job.settings, generator, **masked)
+    pipeline, inversion = load_pipeline(job.model), job.inversion
+    if inversion is not None:
+        check_clip_of(inversion, args.inversion, job.clip, pipeline)
+    if job.save_inversion is not None:
+        inversion = inverted(pipeline, job, generator)
+    masked = {"mask": job.mask, "keep_pixels": job.keep_pixels}
+    result = pipeline(job.clip, job.edited, job.settings, generator, inversion=inversion, **masked)
     output = free_name(job.output, job.force)
     write_video(output, result.frames, job.fps)
     calls = result.evaluations
+    there = calls["inversion"] if job.inversion is None else 0
     say(
         f"{output}: {len(result.frames)} frames at {float(job.fps):g} frames a second, "
-        f"{time.monotonic() - started:.0f} s, {calls['inversion']} + {calls['denoising']} network evaluations"
+        f"{time.monotonic() - started:.0f} s, {there} + {calls['denoising']} network evaluations"
     )
     return 0
+
+
+def inverted(pipeline: VideoshopPipeline, job: EditJob, generator: Generator) -> Inversion:
+    """The clip's inversion with its trajectory, saved where the job says."""
+    dtype = DTYPES[job.trajectory]
+    kept = {"keep_trajectory": True, "trajectory_dtype": dtype}
+    inversion = pipeline.invert(job.clip, job.settings, generator, mask=job.mask, progress=True, **kept)
+    path = free_name(job.save_inversion, job.force)
+    say(f"{path}: {in_words(file_bytes(inversion))}, for --inversion")
+    save_inversion(path, inversion)
+    return inversion

@@ -31,7 +31,7 @@ class FakePipeline:
     def __init__(self):
         self.asked = []
 
-    def __call__(self, video, edited_frame, settings, generator, mask=None, keep_pixels=False):
+    def __call__(self, video, edited_frame, settings, generator, inversion=None, mask=None, keep_pixels=False):
         assert mask is None and not keep_pixels, "nobody asked for a mask"
         self.asked.append(SimpleNamespace(video=video, edited=edited_frame, settings=settings, generator=generator))
         return VideoshopResult(video, None, None, {"inversion": 13, "denoising": 26})

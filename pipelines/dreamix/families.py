@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..chunks import decode_in_chunks
 from ..denoiser import FLOW, discrete_denoised, edm_scalings
 from ..families import DiscreteFamily, Family
 
@@ -28,10 +29,13 @@ class TextSVD(Family):
     """UNetSpatioTemporalConditionModel with a text encoder: cross-attention over tokens, zero concatenated latents."""
 
     def decode(self, clip: Tensor) -> Tensor:
-        pieces = (clip / self.vae.config.scaling_factor).to(self.device, self.vae.dtype).split(self.chunk)
+        z = (clip / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
+
+        def decoded(part: Tensor) -> Tensor:
+            return (self.vae.decode(part, num_frames=len(part)).sample.float() / 2 + 0.5).clamp(0, 1)
+
         with torch.no_grad():
-            frames = [self.vae.decode(piece, num_frames=len(piece)).sample.float().cpu() for piece in pieces]
-        return (torch.cat(frames) / 2 + 0.5).clamp(0, 1)
+            return decode_in_chunks(decoded, z, self.chunk)
 
     def denoise(self, x: Tensor, sigma: Tensor, context: Tensor, as_pictures: bool = False) -> Tensor:
         batch = (

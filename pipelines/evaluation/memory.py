@@ -1,4 +1,4 @@
-"""How much memory a process has held."""
+"""How much memory a process has held, and memory in words."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ def peak_memory() -> float:
 
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held / 2**20 if sys.platform == "darwin" else held / 2**10
+
+
+def in_words(size: float) -> str:
+    """Bytes as a person reads them: 29 MiB, 3.4 GiB."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.{1 if unit == 2**30 and size < 100 * unit else 0}f} {name}"
+    return f"{size:.0f} bytes"

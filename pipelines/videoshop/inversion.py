@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from ..denoiser import NoisePath, V
+from ..fingerprint import Fingerprint
 from .latents import Normalisation, check_clip
 
 GUESSES = ("extrapolation", "random", "current", "last_direction")
@@ -31,13 +32,15 @@ class Inversion:
     latent: the inverted clip in model space, at the noise level sigmas[0].
     sigmas: [steps + 1], descending and ending in 0: the levels to come back on.
     normalisation: how the clip was normalised before, or None.
-    trajectory: [steps + 1, *latent.shape] on the CPU, from the clean clip (index 0) to the noise; None where not kept.
+    trajectory: [steps + 1, *latent.shape] on the CPU, from the clean clip (index 0) to the noise, in the precision that
+        was chosen for it; None where not kept.
     residuals: the last relative residual of each step's refinement; empty without refinement.
     evaluations: how many times the network was called.
     settings: what it was made with, for the record.
     source: the clean latent in model space before it was normalised.
     augmentation_noise: what the headless pipeline adds to the edited first frame; the nodes' conditioning has its own.
     original: the clean latent in the VAE's space, as the nodes were given it: what a mask puts back, to the bit.
+    model: of the model that it was made with, or None where that is not known.
     """
 
     latent: Tensor
@@ -50,6 +53,7 @@ class Inversion:
     source: Tensor | None = None
     augmentation_noise: Tensor | None = None
     original: Tensor | None = None
+    model: Fingerprint | None = None
 
 
 def _check_levels(levels: list[float]) -> None:

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import edm_scalings, karras_sigmas, truncate_sigmas
+from ..chunks import decode_in_chunks
+from ..denoiser import edm_scalings, karras_sigmas
+from ..fingerprint import Fingerprint, fingerprint
 from ..video import check_frames, check_pixels
 from .denoising import GuidedDenoiser, sample_euler
 from .inversion import Inversion, sample_edm_inversion
 from .latents import augment, clip_preprocess, normalise, rescale, whiten_condition
 from .masks import StoredSource, check_mask, composite, composite_pixels, latent_mask
 from .settings import DEFAULT, VideoshopSettings
+from .trajectory import empty_trajectory
 
 Callback = Callable[[dict[str, Any]], None]
 
@@ -93,8 +96,8 @@ class VideoshopPipeline:
 
     unet, vae, image_encoder: diffusers' UNetSpatioTemporalConditionModel and AutoencoderKLTemporalDecoder,
     transformers' CLIPVisionModelWithProjection; on one device. scaling_factor: of the latents, 0.18215 for SVD.
-    chunk: frames that the VAE takes at once; its temporal decoder sees a chunk as a clip, so fewer saves memory and
-        may show seams.
+    chunk: frames that the VAE takes at once; fewer save memory and take longer, since its temporal decoder sees a chunk
+        as a clip, and chunks therefore overlap (`decode_in_chunks`).
     """
 
     def __init__(self, unet, vae, image_encoder, scaling_factor: float = 0.18215, chunk: int = 14):
@@ -158,10 +161,12 @@ class VideoshopPipeline:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """The clip [T, 3, H, W] in 0..1, on the CPU, of latents [T, 4, h, w] in model space."""
-        dtype = self.vae.decoder.conv_in.weight.dtype
-        pieces = (latents / self.scaling_factor).to(self.device, dtype).split(self.chunk)
-        frames = [self.vae.decode(piece, num_frames=len(piece)).sample.float().cpu() for piece in pieces]
-        return (torch.cat(frames) / 2 + 0.5).clamp(0, 1)
+        z = (latents / self.scaling_factor).to(self.device, self.vae.decoder.conv_in.weight.dtype)
+
+        def decoded(part: Tensor) -> Tensor:
+            return (self.vae.decode(part, num_frames=len(part)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+        return decode_in_chunks(decoded, z, self.chunk)
 
     # --- conditions ---------------------------------------------------------------------------------------------------
 
@@ -200,6 +205,7 @@ class VideoshopPipeline:
         generator: torch.Generator | None = None,
         *,
         keep_trajectory: bool = False,
+        trajectory_dtype: torch.dtype = torch.float32,
         callback: Callback | None = None,
         progress: bool = False,
         mask: Tensor | None = None,
@@ -207,8 +213,9 @@ class VideoshopPipeline:
         """Rewind a clip [T, 3, H, W] in 0..1 to noise, with its own first frame as the condition.
 
         generator: on the CPU, so that all devices draw the same: the augmentation noise of both first frames, then the
-        random direction. keep_trajectory: keep the clip at every noise level, on the CPU; a mask on the way back needs
-        it. progress: a bar on stderr. mask: [T or 1, H, W], where the statistics of the normalisation are taken.
+        random direction. keep_trajectory: keep the clip at every noise level, on the CPU, in trajectory_dtype; a mask
+        on the way back needs it. progress: a bar on stderr. mask: [T or 1, H, W], where the statistics of the
+        normalisation are taken.
         """
         check_video(video, multiple=self.multiple)
         if mask is not None:
@@ -221,13 +228,13 @@ class VideoshopPipeline:
         condition = self.condition(video[0], settings, noise, whiten=settings.normalise_condition)
         region = None if mask is None else latent_mask(mask, latents.shape)
         normalised, applied = normalise(latents, settings.normalise, mask=region)
-        schedule = karras_sigmas(settings.steps, settings.sigma_min, settings.sigma_max, settings.rho)
-        sigmas = truncate_sigmas(schedule, settings.strength)
-        states, residuals = [normalised.cpu()], []
+        sigmas = settings.sigmas()
+        states = empty_trajectory(normalised, sigmas, trajectory_dtype) if keep_trajectory else None
+        residuals = []
 
         def collect(step: dict[str, Any]) -> None:
-            if keep_trajectory:
-                states.append(step["x"].cpu())
+            if states is not None:
+                states[step["i"] + 1] = step["x"]
             if step["residual"] is not None:
                 residuals.append(step["residual"])
             if callback is not None:
@@ -248,16 +255,21 @@ class VideoshopPipeline:
             tolerance=settings.tolerance,
         )
         return Inversion(
-            latent=inverted,
+            latent=inverted.contiguous(),  # as a file gives it back: another layout is another last digit
             sigmas=sigmas,
             normalisation=applied,
-            trajectory=torch.stack(states) if keep_trajectory else None,
+            trajectory=states,
             residuals=tuple(residuals),
             evaluations=condition.evaluations,
             settings=asdict(settings),
             source=latents,
             augmentation_noise=noise if settings.shared_augmentation else fresh,
+            model=self.fingerprint(),
         )
+
+    def fingerprint(self) -> Fingerprint:
+        """What tells this model's UNet from others."""
+        return fingerprint(type(self.unet).__name__, self.unet.state_dict())
 
     def denoise(
         self,
@@ -295,7 +307,8 @@ class VideoshopPipeline:
         region = None if mask is None else latent_mask(mask, inversion.latent.shape).to(self.device)
         put_back = None if region is None else StoredSource(inversion, region)
         condition = self.condition(edited_frame, settings, inversion.augmentation_noise)
-        x, calls = self._play(inversion.latent, inversion.sigmas, condition, settings, callback, progress, put_back)
+        start = inversion.latent.to(self.device)
+        x, calls = self._play(start, inversion.sigmas, condition, settings, callback, progress, put_back)
         if inversion.normalisation is not None and settings.denormalise:
             x = inversion.normalisation.undo(x)
         if region is not None:
@@ -354,6 +367,7 @@ class VideoshopPipeline:
         progress: bool = True,
         callback: Callback | None = None,
         keep_trajectory: bool = False,
+        inversion: Inversion | None = None,
         mask: Tensor | None = None,
         keep_pixels: bool = False,
     ) -> VideoshopResult:
@@ -361,9 +375,10 @@ class VideoshopPipeline:
 
         video: [T, 3, H, W] in 0..1, T >= 2, both sides multiples of `multiple`; edited_frame: [3, H, W] in 0..1.
         generator: on the CPU; it draws the augmentation noise and the random direction. callback: gets the samplers'
-        dicts, with "phase": "inversion" or "denoising". mask: [T or 1, H, W] in 0..1, where the edit may show (see
-        `masks.edit_mask`); outside it the result's latents are the source's, and with keep_pixels its frames too, which
-        otherwise have been through the VAE. Raises ValueError for bad input before anything is computed.
+        dicts, with "phase": "inversion" or "denoising". inversion: of this very clip, which then is not inverted again.
+        mask: [T or 1, H, W] in 0..1, where the edit may show (see `masks.edit_mask`); outside it the result's latents
+        are the source's, and with keep_pixels its frames too, which otherwise have been through the VAE. Raises
+        ValueError for bad input before anything is computed.
         """
         check_video(video, edited_frame, self.multiple)
         if mask is not None:
@@ -374,15 +389,16 @@ class VideoshopPipeline:
         def tell(phase: str) -> Callback | None:
             return None if callback is None else lambda step: callback(step | {"phase": phase})
 
-        inversion = self.invert(
-            video,
-            settings,
-            generator,
-            keep_trajectory=keep_trajectory or mask is not None,
-            callback=tell("inversion"),
-            progress=progress,
-            mask=mask,
-        )
+        if inversion is None:
+            inversion = self.invert(
+                video,
+                settings,
+                generator,
+                keep_trajectory=keep_trajectory or mask is not None,
+                callback=tell("inversion"),
+                progress=progress,
+                mask=mask,
+            )
         result, evaluations = self._denoise(inversion, edited_frame, settings, tell("denoising"), progress, mask)
         frames = self.decode(result)
         if keep_pixels:

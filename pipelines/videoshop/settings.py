@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from ..denoiser import karras_sigmas, truncate_sigmas
 from .inversion import GUESSES
 from .latents import NORMALISATIONS
 
@@ -86,6 +89,10 @@ class VideoshopSettings:
         for holds, message in rules:
             if not holds:
                 raise ValueError(message)
+
+    def sigmas(self) -> Tensor:
+        """The noise levels of the way back, [steps + 1] in float64, descending to 0: the schedule's rewound share."""
+        return truncate_sigmas(karras_sigmas(self.steps, self.sigma_min, self.sigma_max, self.rho), self.strength)
 
 
 # What the validation seeds of the embedded model show best for edits, at no more network evaluations than the reference

@@ -1,0 +1,35 @@
+"""What an inversion and the way back cost in network evaluations, told before they start."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+def inversion_evaluations(steps: int, refine: int = 0, sides: int = 1) -> tuple[int, int]:
+    """The fewest and the most evaluations of `sample_edm_inversion`: its refinement ends early where it converges.
+
+    sides: 2 with classifier-free guidance, whose two sides count one each.
+    """
+    return steps * sides * (1 + min(refine, 1)), steps * sides * (1 + refine)
+
+
+def denoising_evaluations(
+    sigmas: Tensor, first: float = 1.0, last: float = 1.0, interval: tuple[float, float] = (0.0, math.inf)
+) -> int:
+    """The evaluations of the way back on levels [steps + 1], descending to 0, under `GuidedDenoiser`'s guidance.
+
+    The two sides of guidance count one each; where it would change nothing, or sigma lies outside the interval, there
+    is one.
+    """
+    levels = sigmas[:-1].tolist()
+    low, high = interval
+    guided = 0 if first == last == 1.0 else sum(low <= level <= high for level in levels)
+    return len(levels) + guided
+
+
+def evaluations_in_words(fewest: int, most: int | None = None) -> str:
+    """A number of evaluations, or a range of it."""
+    most = fewest if most is None else most
+    return f"{fewest if fewest == most else f'{fewest} to {most}'} network evaluation{'s' if most != 1 else ''}"
