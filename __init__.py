@@ -42,7 +42,7 @@ async def comfy_entrypoint():
 
 
 def _nodes() -> list[type]:
-    from .nodes import demo, dreamix, ei2, finetuning, inspection, masks, preparation, videoshop
+    from .nodes import decoding, demo, dreamix, ei2, finetuning, inspection, inversions, masks, preparation, videoshop
 
     return [
         preparation.VideoshopConditioning,
@@ -51,10 +51,13 @@ def _nodes() -> list[type]:
         videoshop.EDMInversionSampler,
         videoshop.SVDDenoise,
         preparation.LatentRescale,
+        decoding.ChunkedDecode,
         masks.EditMask,
         masks.MaskedSampler,
         masks.SourceComposite,
         masks.PixelComposite,
+        inversions.SaveInversion,
+        inversions.LoadInversion,
         inspection.RoundTripCheck,
         inspection.TrajectoryPlot,
         dreamix.DreamixPreset,

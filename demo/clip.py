@@ -22,6 +22,8 @@ FPS = 7  # of the demo world: what its model was trained to be told
 
 CLIP = Path(__file__).with_name("clip.mp4")
 EDITED = Path(__file__).with_name("edited.png")
+# The inversion of the node's own clip in ComfyUI, for the workflow videoshop_load_inversion.
+INVERSION = Path(__file__).parent / "inversions" / "rewind_demo_inversion.safetensors"
 SHIPPED_SEED, SHIPPED_EDIT = 2_900_007, "recolour"  # a clear turn; apart from the test seeds of the figures
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import comfy.utils
@@ -14,8 +16,9 @@ from ..pipelines.ei2.ffam import ATTENTIONS
 from ..pipelines.ei2.inflation import NO_TEMPORAL, PLACES, InflationSettings
 from ..pipelines.ei2.stam import AXES, TEMPORALS
 from ..pipelines.ei2.tuning import OneShot
+from ..pipelines.ei2.weights import load_weights, save_weights
 from .figures import bars, loss_curves, to_tensor
-from .host import files, one_shot, patches
+from .host import costs, files, one_shot, patches
 from .host.schema import ADVANCED, EI2WeightsType, Schema, show_text
 from .host.training import precision_of
 
@@ -221,6 +224,7 @@ class EI2OneShotTune(io.ComfyNode):
                 EI2WeightsType.Output("weights", tooltip="What was learnt, for EI² Save Weights and the patch."),
                 io.Image.Output("loss_plot", tooltip="The loss of every step."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -257,8 +261,9 @@ class EI2OneShotTune(io.ComfyNode):
             seed=seed,
         )
         latents = one_shot.encode(model, vae, images)
+        say = partial(costs.tell, cls.hidden.unique_id, "EI² One-Shot Tune")
         weights, losses = one_shot.tune(
-            model, latents, caption, settings, inflation, cls._progress(steps), checkpoint_every, memory_check
+            model, latents, caption, settings, inflation, cls._progress(steps), checkpoint_every, memory_check, say
         )
         tuned = patches.inflate(model, inflation, weights)
         plot = to_tensor(loss_curves({"loss": losses}))
@@ -314,7 +319,8 @@ class EI2SaveWeights(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights: Any, filename_prefix: str, caption: str = "") -> io.NodeOutput:
-        path = files.save(weights, filename_prefix, caption.strip())
+        path = files.EI2.free_path(filename_prefix)
+        save_weights(path, replace(weights, caption=caption.strip() or weights.caption))
         show_text(cls.hidden.unique_id, f"saved {path.name}")
         return io.NodeOutput()
 
@@ -334,7 +340,7 @@ class EI2LoadWeights(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "weights_name",
-                    options=files.names(),
+                    options=files.EI2.names(),
                     tooltip="A file in models/ei2, for one clip and one kind of model each, or one that comes with "
                     "Rewind. Press R to see new ones.",
                 ),
@@ -345,11 +351,11 @@ class EI2LoadWeights(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, weights_name: str) -> str:
-        return f"{weights_name} {files.path_of(weights_name).stat().st_mtime_ns}"
+        return f"{weights_name} {files.EI2.path_of(weights_name).stat().st_mtime_ns}"
 
     @classmethod
     def execute(cls, weights_name: str) -> io.NodeOutput:
-        weights = files.load(weights_name)
+        weights = load_weights(files.EI2.path_of(weights_name))
         show_text(cls.hidden.unique_id, str(weights))
         return io.NodeOutput(weights)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import comfy.utils
@@ -13,7 +14,7 @@ from ..pipelines.dreamix.finetuning import FineTuning
 from ..pipelines.dreamix.lora import TARGETS
 from ..pipelines.dreamix.temporal import MASKS
 from .figures import loss_curves, to_tensor, trained
-from .host import mixed_training
+from .host import costs, mixed_training
 from .host.schema import ADVANCED, Schema
 from .host.training import precision_of
 
@@ -158,6 +159,7 @@ class DreamixFineTune(io.ComfyNode):
                 io.LossMap.Output("losses", tooltip="The losses of every step, for the Loss Graph."),
                 io.Int.Output("steps", tooltip="How many steps were trained."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -195,7 +197,9 @@ class DreamixFineTune(io.ComfyNode):
             seed=seed,
         )
         material = mixed_training.encode(model, vae, images, token, alpha)
-        tuned = mixed_training.train(model, material, settings, cls._progress(steps), checkpoint_every, memory_check)
+        say = partial(costs.tell, cls.hidden.unique_id, "Dreamix Mixed Fine-Tune")
+        progress = cls._progress(steps)
+        tuned = mixed_training.train(model, material, settings, progress, checkpoint_every, memory_check, say)
         curves = {"video": tuned.losses.video, "frames": tuned.losses.frames}
         picture = ui.PreviewImage(to_tensor(loss_curves(curves)), cls=cls)
         losses = cls._for_a_graph(tuned.losses.total, curves)

@@ -13,13 +13,18 @@ from ..pipelines.evaluation.metrics import psnr
 from ..pipelines.videoshop.diagnostics import frame_errors, inverted_noise, noise_statistics, step_cosines
 from ..pipelines.videoshop.inversion import Inversion
 from . import figures
-from .host import sampling
+from .host import costs, sampling
+from .host.encoding import decode_clip, frames_that_fit, sees_clips
 from .host.schema import InversionType, Schema
 from .preparation import CATEGORY, resized
 
 
 def decoded(vae: Any, samples: Tensor) -> Tensor:
-    """A latent clip as frames [T, H, W, 3], as the host's VAE Decode gives them."""
+    """A latent clip as frames [T, H, W, 3], as the host's VAE Decode gives them, without seams where they do not fit
+    into memory at once."""
+    if sees_clips(vae):
+        chunk = frames_that_fit(vae, samples, len(samples))
+        return decode_clip(vae, samples, chunk)[..., :3]
     images = vae.decode(samples)
     return images.reshape(-1, *images.shape[-3:])[..., :3]
 
@@ -71,6 +76,7 @@ class RoundTripCheck(io.ComfyNode):
                 io.Float.Output("psnr_inversion", tooltip="The clip that came back against the VAE's copy, dB."),
                 io.Float.Output("latent_error", tooltip="Relative error of the latent that came back; 0 is perfect."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -86,7 +92,9 @@ class RoundTripCheck(io.ComfyNode):
                 f"this inversion was made with cfg {cfg:g}, and the check plays it again without guidance: it would "
                 "blame the inversion for the difference; invert with cfg 1"
             )
-        source = model.model.process_latent_out(inversion.source)
+        source, guider = model.model.process_latent_out(inversion.source), sampling.guider(model, positive)
+        more = ", and decoding two clips"
+        costs.tell_way_back(cls.hidden.unique_id, "Round-Trip Check", guider, samples, inversion.sigmas, more=more)
         copy = decoded(vae, source)
         frames = resized(clip, copy.shape[2], copy.shape[1], "clip").to(copy.device)
         if len(frames) != len(copy):
@@ -95,7 +103,7 @@ class RoundTripCheck(io.ComfyNode):
             )
         undo = inversion.normalisation.undo if inversion.normalisation is not None else None
         result = sampling.sample(
-            sampling.guider(model, positive),
+            guider,
             sampling.euler_sampler(undo),
             inversion.sigmas,
             samples,

@@ -13,7 +13,8 @@ from ..pipelines.denoiser import truncate_sigmas
 from ..pipelines.videoshop.inversion import GUESSES, Inversion
 from ..pipelines.videoshop.masks import StoredSource, composite
 from ..pipelines.videoshop.settings import DEFAULT
-from .host import sampling
+from ..pipelines.videoshop.trajectory import DTYPES, empty_trajectory
+from .host import costs, sampling
 from .host.schema import ADVANCED, InversionType, Schema
 from .preparation import CATEGORY, NORMALISATION, ORIGINAL, region
 
@@ -74,7 +75,7 @@ def _damping_input() -> io.Input:
     )
 
 
-def _inversion_outputs() -> list[io.Output]:
+def inversion_outputs() -> list[io.Output]:
     return [
         io.Latent.Output(
             "latent",
@@ -172,8 +173,19 @@ class EDMInversion(io.ComfyNode):
                     "less exactly; 1, no guidance, is what the authors' code takes.",
                 ),
                 _damping_input(),
+                io.Combo.Input(
+                    "trajectory_dtype",
+                    options=list(DTYPES),
+                    default="float32",
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="Precision in which the clip at every noise level is kept in main memory, and saved. "
+                    "float16 and bfloat16 take half, float16 is the closer one; what starts the way back is "
+                    "exact in any.",
+                ),
             ],
-            outputs=_inversion_outputs(),
+            outputs=inversion_outputs(),
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -192,6 +204,7 @@ class EDMInversion(io.ComfyNode):
         negative: list | None = None,
         cfg: float = 1.0,
         damping: float = DEFAULT.damping,
+        trajectory_dtype: str = "float32",
     ) -> io.NodeOutput:
         samples = sampling.check_latent(model, latent)
         model_sampling = model.get_model_object("model_sampling")
@@ -214,11 +227,19 @@ class EDMInversion(io.ComfyNode):
             "refine": refine,
             "damping": damping,
         }
-        steps: list[dict[str, Any]] = []
-        sampler = sampling.inversion_sampler(
-            lambda step: steps.append({**step, "x": step["x"].detach().float().cpu(), "denoised": None}), **options
-        )
         guider = sampling.guider(model, positive, negative, cfg)
+        dtype = DTYPES[trajectory_dtype]
+        costs.tell_inversion(cls.hidden.unique_id, guider, samples, len(sigmas) - 1, refine, cfg > 1, dtype)
+        trajectory = empty_trajectory(clean, sigmas, dtype)
+        steps: list[dict[str, Any]] = []
+
+        def keep(step: dict[str, Any]) -> None:
+            trajectory[step["i"] + 1] = step["x"]
+            # In the layout that a file gives back: another one is another last digit.
+            last = step["x"].detach().float().cpu().contiguous() if step["i"] == len(sigmas) - 2 else None
+            steps.append({**step, "x": last, "denoised": None})
+
+        sampler = sampling.inversion_sampler(keep, **options)
         noise = sampling.random_direction(samples, seed)
         result = sampling.sample(guider, sampler, sigmas, samples, noise, seed)
 
@@ -226,12 +247,13 @@ class EDMInversion(io.ComfyNode):
             latent=steps[-1]["x"],
             sigmas=sigmas.cpu(),
             normalisation=normalisation,
-            trajectory=torch.stack([clean, *(step["x"] for step in steps)]),
+            trajectory=trajectory,
             residuals=tuple(step["residual"] for step in steps if step["residual"] is not None),
             evaluations=steps[-1]["evaluations"],
             settings={**options, "strength": strength, "seed": seed, "cfg": cfg, "path": path},
             source=source,
             original=_original(model, latent, samples),
+            model=sampling.model_fingerprint(model),
         )
         # A mask would make the next sampler paste the inverted clip back; its normalisation is the inversion's now.
         kept = {name: value for name, value in latent.items() if name not in ("noise_mask", NORMALISATION, ORIGINAL)}
@@ -358,6 +380,7 @@ class SVDDenoise(io.ComfyNode):
                 _mask_input(),
             ],
             outputs=[io.Latent.Output("latent", tooltip="The edited clip: connect to Latent Rescale.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -386,7 +409,9 @@ class SVDDenoise(io.ComfyNode):
         sampling.check_conditioning(model, negative, samples, "negative")
         guider = sampling.FrameGuider(model)
         guider.set_conds(positive, negative)
-        guider.set_guidance(first_guidance, last_guidance, (guidance_from, guidance_to))
+        guidance = first_guidance, last_guidance, (guidance_from, guidance_to)
+        guider.set_guidance(*guidance)
+        costs.tell_way_back(cls.hidden.unique_id, "SVD Denoise", guider, samples, inversion.sigmas, *guidance)
         undo = inversion.normalisation.undo if denormalize and inversion.normalisation is not None else None
         seed = inversion.settings.get("seed", 0)
         masked = region(mask, samples.shape)

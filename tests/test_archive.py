@@ -32,6 +32,7 @@ WITHOUT_WHICH_NOTHING_RUNS = {
     "demo/rewind_demo_t2v.safetensors",
     "demo/rewind_demo_t2i.safetensors",
     "demo/ei2/rewind_demo_ei2.safetensors",
+    "demo/inversions/rewind_demo_inversion.safetensors",
     "demo/tokenizer/vocab.json",
     "demo/tokenizer/merges.txt",
     "demo/tokenizer/tokenizer_config.json",

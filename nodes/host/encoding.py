@@ -1,11 +1,18 @@
-"""Images of the host checked and turned about, and clips into latents by any of its VAEs."""
+"""Images of the host checked and turned about; clips into latents by any of its VAEs, and back in chunks."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_management
+import comfy.utils
 import torch
+from comfy.ldm.modules.temporal_ae import VideoDecoder
 from torch import Tensor
+
+from ...pipelines.chunks import decode_in_chunks
+
+SHARE = 0.8  # of a device's memory, the most that is asked for beside the VAE's weights (as in the host's own decode)
 
 
 def check_images(images: Tensor, name: str, wanted: str = "at least one RGB image") -> None:
@@ -49,3 +56,42 @@ def encode_clip(vae: Any, frames: Tensor) -> Tensor:
     """
     check_length(vae, len(frames))
     return vae.encode(frames)
+
+
+def sees_clips(vae: Any) -> bool:
+    """Whether a VAE takes the latents that it decodes at once for one clip (Stable Video Diffusion's)."""
+    return isinstance(getattr(vae.first_stage_model, "decoder", None), VideoDecoder)
+
+
+def frame_bytes(vae: Any, samples: Tensor) -> int:
+    """What ComfyUI reckons that decoding one frame of latents [T, c, h, w] takes beside the weights."""
+    return int(vae.memory_used_decode(samples.shape, vae.vae_dtype))
+
+
+def frames_that_fit(vae: Any, samples: Tensor, wanted: int) -> int:
+    """How many frames, up to those wanted, a VAE can decode at once; the host makes room for them.
+
+    The host's own decode makes room for one frame, and cuts the rest by what happens to be free.
+    """
+    size, management = frame_bytes(vae, samples), comfy.model_management
+    room = min(wanted * size, SHARE * management.get_total_memory(vae.device))
+    management.load_models_gpu([vae.patcher], memory_required=room)
+    # Newer hosts tell apart what they could still free.
+    free = getattr(vae.patcher, "get_free_memory", management.get_free_memory)(vae.device)
+    return max(1, min(wanted, int(free / size)))
+
+
+def decode_clip(vae: Any, samples: Tensor, chunk: int, overlap: int | None = None) -> Tensor:
+    """Frames [T, H, W, 3] in 0..1 of latents [T, c, h, w], chunk by chunk (`decode_in_chunks`).
+
+    Tells its progress; Cancel ends it.
+    """
+    bar = comfy.utils.ProgressBar(len(samples))
+
+    def decode(part: Tensor) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        frames = vae.decode(part)
+        bar.update(len(part))
+        return frames
+
+    return decode_in_chunks(decode, samples, chunk, overlap)

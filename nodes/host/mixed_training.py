@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,15 +25,17 @@ from .training import (
     CORNER_FRAMES,
     Kept,
     check_copyable,
-    check_free,
     check_latents,
     checkpoint_folder,
     denoiser,
     in_seat,
     own_latents,
+    tell_training,
     training_copy,
     training_mode,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -179,17 +182,20 @@ def train(
     on_step: Callable[[dict[str, Any]], None],
     every: int = 25,
     memory_check: bool = True,
+    say: Callable[[str], None] = logger.info,
 ) -> Tuned:
     """Fine-tune a copy of a MODEL; the adapters in the host's names. The MODEL itself is not changed.
 
-    on_step, every: of `fine_tune`. memory_check: refuse what would not fit. Raises ValueError for bad input; on Cancel
+    on_step, every: of `fine_tune`. memory_check: refuse what would not fit. say: gets what it costs, before it starts.
+    Raises ValueError for bad input; on Cancel
     what was trained stays in `checkpoint_folder`.
     """
     check_model(model)
     with training_mode():
         copy = training_copy(model, settings.precision)
-        if memory_check:
-            check_free(copy, _kept(copy, material, settings), settings.checkpointing)
+        kept = _kept(copy, material, settings) if memory_check else None
+        passes = settings.steps * sum(part is not None for part in (material.clip, material.frames))
+        tell_training(say, copy, passes, kept, settings.checkpointing)
         tuned = _in_seat(copy, material, settings, on_step, checkpoint_folder(), every)
     return replace(tuned, lora=to_host(tuned.lora))
 

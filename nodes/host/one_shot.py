@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,15 +25,17 @@ from .training import (
     CORNER_FRAMES,
     Kept,
     check_copyable,
-    check_free,
     check_latents,
     checkpoint_folder,
     denoiser,
     in_seat,
     own_latents,
+    tell_training,
     training_copy,
     training_mode,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def check_model(model: Any) -> None:
@@ -145,18 +148,19 @@ def tune(
     on_step: Callable[[dict[str, Any]], None],
     every: int = 25,
     memory_check: bool = True,
+    say: Callable[[str], None] = logger.info,
 ) -> tuple[EI2Weights, list[float]]:
     """Tune a copy of a MODEL on a clip under its caption; the weights and the losses. The MODEL is not changed.
 
-    on_step, every: of `one_shot_tune`. memory_check: refuse what would not fit. Raises ValueError for bad input; on
-    Cancel what was trained stays in `checkpoint_folder`.
+    on_step, every: of `one_shot_tune`. memory_check: refuse what would not fit. say: gets what it costs, before it
+    starts. Raises ValueError for bad input; on Cancel what was trained stays in `checkpoint_folder`.
     """
     check_tunable(model, inflation)
     plain = inflate(model, inflation, strength=0.0)  # what an EI² patch on the MODEL did is not tuned upon
     with training_mode():
         copy = training_copy(plain, settings.precision)
-        if memory_check:
-            check_free(copy, _kept(copy, latents, caption, settings, inflation), settings.checkpointing)
+        kept = _kept(copy, latents, caption, settings, inflation) if memory_check else None
+        tell_training(say, copy, settings.steps, kept, settings.checkpointing)
         return _in_seat(copy, latents, caption, settings, inflation, on_step, keep=True, every=every)
 
 

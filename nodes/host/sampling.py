@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ...pipelines.denoiser import COSMOS, EDM, EPS, FLOW, NoisePath
+from ...pipelines.fingerprint import Fingerprint, fingerprint
 from ...pipelines.videoshop.denoising import frame_guidance, guided, sample_euler
 from ...pipelines.videoshop.inversion import FLOW_END, Inversion, sample_edm_inversion
 
@@ -244,14 +245,24 @@ def latent_axes(model: Any) -> tuple[int, int]:
     return latent_format.latent_dimensions + 2, latent_format.latent_channels
 
 
+def model_fingerprint(model: Any) -> Fingerprint:
+    """What tells a MODEL's own weights from others', without the patches on it (a LoRA), which the host puts in place
+    while it is loaded."""
+    weights = model.model_state_dict("diffusion_model.")
+    own = {name: kept.weight for name, kept in model.backup.items() if name in weights}
+    return fingerprint(type(model.model).__name__, {**weights, **own})
+
+
 def state_of(model: Any, inversion: Inversion) -> Tensor:
-    """The inverted latent in the VAE's space, as the guider takes it; ValueError for another kind of model."""
+    """The inverted latent in the VAE's space, as the guider takes it; ValueError for another model."""
     dimensions, channels = latent_axes(model)
     if inversion.latent.ndim != dimensions or inversion.latent.shape[1] != channels:
         raise ValueError(
             f"the inversion holds a latent of shape {tuple(inversion.latent.shape)}, this model takes {channels} "
             f"channels in {dimensions} axes: connect the MODEL that made the inversion"
         )
+    if inversion.model is not None:
+        inversion.model.check(model_fingerprint(model), "this inversion")
     schedule(inversion.sigmas, model.get_model_object("model_sampling"))
     return model.model.process_latent_out(inversion.latent.float())
 

@@ -22,6 +22,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ...pipelines.evaluation.memory import in_words
 from .sampling import guider, latent_axes
 
 # Peak of memory in training: so many times what autograd would keep of one loss without checkpointing (`Kept`), and a
@@ -183,13 +184,27 @@ class Kept:
         return sum(size for pointer, size in self.storages.items() if pointer not in self.weights)
 
 
-def check_free(copy: Any, kept: float, checkpointing: bool) -> None:
-    """ValueError where training a loaded copy would not fit into the memory that is free.
+def training_bytes(kept: float, checkpointing: bool) -> float:
+    """What training takes beside the model. kept: bytes that autograd keeps of one loss without checkpointing."""
+    return (RECOMPUTED if checkpointing else KEPT) * kept + RESERVE
 
-    kept: bytes that autograd keeps of one loss without checkpointing.
+
+def tell_training(
+    say: Callable[[str], None], copy: Any, passes: int, kept: float | None, checkpointing: bool = False
+) -> None:
+    """Say what training a loaded copy costs, before it starts; ValueError where it would not fit into free memory.
+
+    passes: of the network there and back. kept: as in `training_bytes`, None where nobody counted it.
     """
-    needed = (RECOMPUTED if checkpointing else KEPT) * kept + RESERVE
-    free = comfy.model_management.get_free_memory(copy.load_device)
+    text, weights = f"{passes} passes of the network there and back", copy.model_size()
+    if kept is None:
+        say(f"{text}; memory beside {in_words(weights)} of weights is not estimated, memory_check is off")
+        return
+    needed, free = training_bytes(kept, checkpointing), comfy.model_management.get_free_memory(copy.load_device)
+    say(
+        f"{text}; at most about {in_words(weights + needed)} on {copy.load_device}, {in_words(weights)} of weights and "
+        f"{in_words(needed)} to train, by one step on a corner of the frames"
+    )
     if needed > free:
         help_ = "fewer or smaller frames" + ("" if checkpointing else ", or gradient_checkpointing")
         raise ValueError(

@@ -1,0 +1,104 @@
+"""What a node is about to cost, said before it starts: network evaluations, and memory as ComfyUI itself reckons it.
+
+ComfyUI loads models by these same estimates (`model.memory_required`, a VAE's `memory_used_decode`): they err on the
+side of too much, and what it cannot hold beside the weights it moves out of the way.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...pipelines.evaluation.memory import in_words
+from ...pipelines.videoshop.costs import denoising_evaluations, evaluations_in_words, inversion_evaluations
+from ...pipelines.videoshop.trajectory import trajectory_bytes
+from .schema import show_text
+
+logger = logging.getLogger(__name__)
+
+WINDOWS = "ContextWindows_prepare_sampling"  # by which the host's context windows reckon with one window
+
+
+def tell(node_id: str | None, node: str, text: str) -> None:
+    """Say a text in the log and on a node. node: its name."""
+    logger.info("%s: %s", node, text)
+    show_text(node_id, text)
+
+
+def sampling_bytes(guider: comfy.samplers.CFGGuider, samples: Tensor, guided: bool) -> int:
+    """What ComfyUI reckons that one network call of a guider takes beside the weights.
+
+    guided: whether both sides of the guidance are computed. Context windows and ControlNet count as the host counts
+    them.
+    """
+    patcher, options = guider.model_patcher, guider.model_options
+
+    def reckon(model: Any, shape: list[int], conds: dict[str, list], *_: Any, **__: Any) -> float:
+        both, one = comfy.sampler_helpers.estimate_memory(model, shape, conds)
+        _, more = comfy.sampler_helpers.get_additional_models(conds, model.model_dtype())
+        return (both if guided else one) + more
+
+    # The host's own wrapper alone: other packs' may load what they wrap.
+    kind = comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
+    wrappers = patcher.wrappers.get(kind, {}).get(WINDOWS, [])
+    executor = comfy.patcher_extension.WrapperExecutor.new_executor(reckon, wrappers)
+    return int(executor.execute(patcher, list(samples.shape), guider.original_conds, model_options=options))
+
+
+def sampling_in_words(guider: comfy.samplers.CFGGuider, samples: Tensor, guided: bool) -> str:
+    """The most that a sampling takes on its device."""
+    model, windows = guider.model_patcher, guider.model_options.get("context_handler")
+    weights, work = model.model_size(), sampling_bytes(guider, samples, guided)
+    each = "" if windows is None else f"each in context windows of {windows.context_length}; "
+    return (
+        f"{each}at most about {in_words(weights + work)} on {model.load_device}, {in_words(weights)} of weights and "
+        f"{in_words(work)} to compute, as ComfyUI reckons"
+    )
+
+
+def tell_inversion(
+    node_id: str | None,
+    guider: comfy.samplers.CFGGuider,
+    samples: Tensor,
+    steps: int,
+    refine: int,
+    guided: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Say what an inversion of EDM Inversion costs. dtype: of the trajectory."""
+    evaluations = inversion_evaluations(steps, refine, 2 if guided else 1)
+    size = trajectory_bytes(samples.shape, steps, dtype)
+    tell(
+        node_id,
+        "EDM Inversion",
+        f"{evaluations_in_words(*evaluations)}; {sampling_in_words(guider, samples, guided)}; {in_words(size)} of main "
+        f"memory for the clip at {steps + 1} noise levels in {str(dtype).removeprefix('torch.')}",
+    )
+
+
+def tell_way_back(
+    node_id: str | None,
+    node: str,
+    guider: comfy.samplers.CFGGuider,
+    samples: Tensor,
+    sigmas: Tensor,
+    first: float = 1.0,
+    last: float = 1.0,
+    interval: tuple[float, float] = (0.0, math.inf),
+    more: str = "",
+) -> None:
+    """Say what the way back on levels [steps + 1] costs.
+
+    first, last, interval: its guidance. more: what else the node does.
+    """
+    evaluations = denoising_evaluations(sigmas, first, last, interval)
+    guided = evaluations > len(sigmas) - 1
+    tell(node_id, node, f"{evaluations_in_words(evaluations)}{more}; {sampling_in_words(guider, samples, guided)}")

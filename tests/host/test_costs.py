@@ -1,0 +1,219 @@
+"""What a node says of its costs before it starts is what it then takes."""
+
+from __future__ import annotations
+
+import re
+
+import fine_tuning
+import pytest
+import tiny_models
+import torch
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def model(host):
+    return tiny_models.svd(host)
+
+
+@pytest.fixture
+def told(host, monkeypatch):
+    """What nodes show while they run, in order; tests put other events between."""
+    texts = []
+    monkeypatch.setattr(host.module("nodes.host.costs"), "show_text", lambda node_id, text: texts.append(text))
+    return texts
+
+
+def invert(host, model, steps=STEPS, family="svd", **inputs):
+    values = {
+        "positive": tiny_models.conditioning(family),
+        "latent": tiny_models.latent(family),
+        "sigmas": tiny_models.sigmas(model, steps, "karras"),
+        "strength": 1.0,
+    }
+    return host.run_node("RewindEDMInversion", model=model, **values | inputs)
+
+
+def noting(model, events):
+    """A clone that notes its calls among the events: how many sides each computes."""
+    clone = model.clone()
+
+    def note(apply_model, args):
+        events.append(args["input"].shape[0] // tiny_models.SHAPES["svd"][0])
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    clone.set_model_unet_function_wrapper(note)
+    return clone
+
+
+def number(text):
+    """The most evaluations that a text speaks of."""
+    return int(re.match(r"(?:\d+ to )?(\d+) network evaluations?", text)[1])
+
+
+# --- evaluations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [{}, {"strength": 0.5}, {"refine": 2}, {"negative": tiny_models.conditioning("svd", 1), "cfg": 2.0}],
+    ids=["plain", "half", "refined", "guided"],
+)
+def test_an_inversion_says_its_evaluations_before_the_first(host, model, told, inputs):
+    invert(host, noting(model, told), **inputs)
+    text, *calls = told
+    assert all(isinstance(call, int) for call in calls)
+    if "refine" in inputs:
+        assert text.startswith("8 to 12 network evaluations; ") and 8 <= sum(calls) <= 12
+    else:
+        assert number(text) == sum(calls)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"first_guidance": 1.0, "last_guidance": 1.0},
+        {"first_guidance": 1.0, "last_guidance": 3.0},
+        {"first_guidance": 2.0, "last_guidance": 2.0, "guidance_from": 0.01, "guidance_to": 300.0},
+    ],
+    ids=["unguided", "guided", "in an interval"],
+)
+def test_the_way_back_says_its_evaluations_before_the_first(host, model, told, inputs):
+    *_, inversion = invert(host, model)
+    told.clear()
+    conditions = {"positive": tiny_models.conditioning("svd", 1), "negative": tiny_models.conditioning("svd", 2)}
+    host.run_node("RewindSVDDenoise", model=noting(model, told), inversion=inversion, **conditions, **inputs)
+    text, *calls = told
+    assert number(text) == sum(calls) and len(calls) >= STEPS
+
+
+def test_a_round_trip_says_its_evaluations_before_the_first(host, told):
+    config, keys = host.module("demo.models").ImageToVideoConfig(), host.module("demo.keys")
+    builders, parts = host.module("nodes.host.models"), keys.split_checkpoint(tiny_models.checkpoint(host))
+    model, vae = builders.build_model(parts["unet"], config), builders.build_vae(parts["vae"], config)
+    *_, inversion = invert(host, model)
+    told.clear()
+    host.run_node(
+        "RewindRoundTripCheck",
+        model=noting(model, told),
+        positive=tiny_models.conditioning("svd"),
+        inversion=inversion,
+        vae=vae,
+        clip=torch.rand(5, 64, 64, 3),
+    )
+    text, *calls = told
+    assert number(text) == len(calls) == STEPS and "decoding two clips" in text
+
+
+def test_a_fine_tuning_says_its_passes_before_the_first_step(host, svd, told, monkeypatch):
+    module, passes = host.module("nodes.host.mixed_training"), []
+    original = module.denoiser
+
+    def counting(*args):
+        denoise = original(*args)
+        return lambda *inputs: (passes.append(1), denoise(*inputs))[1]
+
+    monkeypatch.setattr(module, "denoiser", counting)
+    for alpha, share in ((1.0, 1), (0.0, 1), (0.5, 2)):
+        told.clear()
+        passes.clear()
+        svd.tune(host, alpha=alpha)
+        assert len(told) == 1
+        assert told[0].startswith(f"{share * fine_tuning.STEPS} passes of the network there and back; ")
+        assert len(passes) == share * fine_tuning.STEPS and "memory_check is off" in told[0]
+
+
+def test_a_fine_tuning_says_its_memory_and_refuses_by_the_same_number(host, svd, told, monkeypatch):
+    import comfy.model_management as management
+
+    svd.tune(host, memory_check=True)
+    (text,) = told
+    needed = re.search(r"at most about .* on cpu, (.*) of weights and (.*) to train", text)
+    assert needed and needed[1] == host.module("pipelines.evaluation.memory").in_words(svd.model.model_size())
+    mib = int(re.match(r"(\d+) MiB", needed[2])[1])
+    for free, fits in ((mib + 2, True), (mib - 2, False)):
+        monkeypatch.setattr(management, "get_free_memory", lambda *_, free=free: free * 2**20)
+        if fits:
+            svd.tune(host, memory_check=True)
+        else:
+            with pytest.raises(ValueError, match="beside the model"):
+                svd.tune(host, memory_check=True)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_what_the_host_itself_reckons_with(host, model, told, monkeypatch):
+    """What it asks for when it loads the model: for one side, and with guidance for both."""
+    import comfy.model_management as management
+
+    asked, load = [], management.load_models_gpu
+
+    def spy(models, memory_required=0, minimum_memory_required=None, **rest):
+        asked.append((memory_required, minimum_memory_required))
+        return load(models, memory_required, minimum_memory_required=minimum_memory_required, **rest)
+
+    monkeypatch.setattr(management, "load_models_gpu", spy)
+    words = host.module("pipelines.evaluation.memory").in_words
+    weights = model.model_size()
+    *_, inversion = invert(host, model)
+    both, one = asked[-1]
+    assert both == 2 * one > 0
+    assert f"at most about {words(weights + one)} on cpu, {words(weights)} of weights and {words(one)}" in told[0]
+    size = (STEPS + 1) * inversion.latent.numel() * 4
+    assert told[0].endswith(f"; {words(size)} of main memory for the clip at {STEPS + 1} noise levels in float32")
+    told.clear()
+    conditions = {"positive": tiny_models.conditioning("svd", 1), "negative": tiny_models.conditioning("svd", 2)}
+    host.run_node("RewindSVDDenoise", model=model, inversion=inversion, **conditions, last_guidance=2.0)
+    assert asked[-1] == (both, one) and f"and {words(both)} to compute" in told[0]
+
+
+def test_context_windows_count_as_the_host_counts_them(host, model):
+    """One window at a time is computed, and that is what is told."""
+    if "ContextWindowsManual" not in host.mappings:
+        pytest.skip(f"ComfyUI {host.version} has no context windows")
+    (windowed,) = host.run_node("ContextWindowsManual", model=model, context_length=2, context_overlap=1, dim=0)
+    costs, sampling = host.module("nodes.host.costs"), host.module("nodes.host.sampling")
+    samples, positive = tiny_models.latent("svd")["samples"], tiny_models.conditioning("svd")
+    sizes = [costs.sampling_bytes(sampling.guider(m, positive), samples, False) for m in (model, windowed)]
+    assert sizes[1] == pytest.approx(sizes[0] * 2 / 5, rel=0.01)
+    words = costs.sampling_in_words(sampling.guider(windowed, positive), samples, False)
+    assert words.startswith("each in context windows of 2; at most about ")
+
+
+def test_what_is_told_is_logged_too(host, model, told, caplog):
+    with caplog.at_level("INFO"):
+        invert(host, model)
+    assert any(record.getMessage() == f"EDM Inversion: {told[0]}" for record in caplog.records)
+
+
+def test_what_is_told_arrives_on_the_page(host, model, monkeypatch):
+    from server import PromptServer
+
+    sent = []
+    monkeypatch.setattr(PromptServer.instance, "send_progress_text", lambda text, node_id: sent.append((text, node_id)))
+    invert(host, model)
+    assert len(sent) == 1 and sent[0][1] == "1" and sent[0][0].startswith("4 network evaluations; ")
+
+
+@pytest.mark.parametrize("name", ["RewindSaveInversion", "RewindLoadInversion"])
+def test_memory_of_a_stored_inversion_is_told_before_it_is_stored(host, model, told, monkeypatch, name):
+    *_, inversion = invert(host, model, trajectory_dtype="float16")
+    host.run_node("RewindSaveInversion", inversion=inversion, filename_prefix="told")
+    module = host.module("nodes.inversions")
+    for function in ("save_inversion", "load_inversion"):
+        original = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *a, f=original: (told.append("the file"), f(*a))[1])
+    told.clear()
+    import folder_paths
+
+    folder_paths.filename_list_cache.clear()
+    inputs = {
+        "RewindSaveInversion": {"inversion": inversion, "filename_prefix": "told"},
+        "RewindLoadInversion": {"model": model, "inversion_name": "told_00001_.safetensors"},
+    }
+    host.run_node(name, **inputs[name])
+    before, work, after = told
+    assert work == "the file" and re.search(r"\d+ KiB", before)
+    assert re.search(r"a latent of 5 x 4 x 8 x 8, 4 steps, 5 states in float16", after)
