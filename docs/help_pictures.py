@@ -19,6 +19,7 @@ from typing import Any
 
 import help_ei2
 import help_masks
+import help_reuse
 from help_studio import COLUMNS, NOISE_SEED, SIZE, STEPS, Studio, picture, stack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,6 +265,7 @@ PICTURES: dict[str, Callable[[Studio], Any]] = {
     "RewindDreamixCoarseVideo.jpg": dreamix_coarse_video,
     **help_masks.PICTURES,
     **help_ei2.PICTURES,
+    **help_reuse.PICTURES,
 }
 
 

@@ -13,7 +13,7 @@ class Studio:
     """The nodes run one by one on the embedded model, as the workflows wire them; what is shared is made once."""
 
     def __init__(self, host: Any):
-        self.run = host.run_node
+        self.run, self.module = host.run_node, host.module
         self.figures, self.inspection = host.module("nodes.figures"), host.module("nodes.inspection")
         self.edits, self.text_edits = host.module("demo.world").EDITS, host.module("demo.text_edits").KINDS
         self.image_edits, self.text_to_image = host.module("demo.image_edits"), host.module("demo.text_to_image")
