@@ -8,8 +8,8 @@ from typing import Any
 from help_studio import SIZE, Studio
 
 PRECISIONS = ("float16", "bfloat16")
-KINDS = ("recolour", "reshape", "background", "remove")  # of edits with one inversion
-FRAMES, CHUNK, CLIP_SEED = 32, 8, 1_000
+KINDS = ("recolour", "background", "resize")  # of edits with one inversion
+FRAMES, CHUNK, CLIP_SEED = 32, 14, 1_000
 
 
 def save_inversion(studio: Studio) -> Any:
@@ -48,7 +48,7 @@ def chunked_decode(studio: Studio) -> Any:
     latent = studio.run("VAEEncode", pixels=frames, vae=studio.vae)[0]
     whole = studio.decode(latent)
     lines = []
-    for overlap in (0, 2):
+    for overlap in (0, 4):
         how = {"samples": latent, "vae": studio.vae, "frames_at_once": CHUNK, "overlap": overlap}
         shown = studio.run("RewindChunkedDecode", **how)[0]
         steps = (shown - whole).diff(dim=0).square().mean((1, 2, 3)).sqrt()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-OVERLAP = 2  # frames, by default: `rewind benchmark chunks`; benchmarks/results/chunks.md
+OVERLAP = 4  # frames, by default: `rewind benchmark chunks`, benchmarks/results/chunks.md
 
 
 def spans(frames: int, chunk: int, overlap: int) -> list[tuple[int, int]]:

@@ -138,6 +138,7 @@ def test_an_inserted_widget_and_a_value_out_of_range_are_seen(host, info, old):
     prompt = to_api(workflow, info)
     give_files(host, prompt, info)
     assert "strength" in refused(prompt)
-    inversion["widgets_values"] = ["in front", *inversion["widgets_values"]]
+    rescale = next(node for node in workflow["nodes"] if node["type"] == "RewindLatentRescale")
+    rescale["widgets_values"] = ["in front", *rescale["widgets_values"]]
     with pytest.raises(ValueError, match="too many"):
         to_api(workflow, info)
