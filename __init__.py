@@ -42,14 +42,26 @@ async def comfy_entrypoint():
 
 
 def _nodes() -> list[type]:
-    from .nodes import decoding, demo, dreamix, ei2, finetuning, inspection, inversions, masks, preparation, videoshop
+    from .nodes import (
+        decoding,
+        demo,
+        denoising,
+        dreamix,
+        ei2,
+        finetuning,
+        inspection,
+        inversions,
+        masks,
+        preparation,
+        videoshop,
+    )
 
     return [
         preparation.VideoshopConditioning,
         preparation.LatentNormalize,
         videoshop.EDMInversion,
         videoshop.EDMInversionSampler,
-        videoshop.SVDDenoise,
+        denoising.SVDDenoise,
         preparation.LatentRescale,
         decoding.ChunkedDecode,
         masks.EditMask,

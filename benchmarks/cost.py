@@ -31,9 +31,10 @@ spec.loader.exec_module(sys.modules[spec.name])
 print("RESULT" + json.dumps(found))
 """
 SAMPLING = """
-nodes = importlib.import_module("rewind_timed.nodes.videoshop")
+inversion = importlib.import_module("rewind_timed.nodes.videoshop")
+denoising = importlib.import_module("rewind_timed.nodes.denoising")
 timing = importlib.import_module("rewind_timed.nodes.host.timing")
-found = timing.measure(nodes.EDMInversion.execute, nodes.SVDDenoise.execute, int(given[0]))
+found = timing.measure(inversion.EDMInversion, denoising.SVDDenoise, int(given[0]))
 """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -20,11 +19,13 @@ from .models import load_demo_models
 HOST_EULER = "the host's euler"  # as benchmarks/cost.py names it
 
 
-def measure(invert: Callable, denoise: Callable, runs: int, steps: int = 25) -> dict[str, Any]:
+def measure(inversion_node: type, denoising_node: type, runs: int, steps: int = 25) -> dict[str, Any]:
     """Seconds and network evaluations of each side, run by run, in turn, so that a busy machine hits all sides alike.
 
-    invert, denoise: `execute` of the nodes EDM Inversion and SVD Denoise. A first run of each side is not counted.
+    inversion_node, denoising_node: EDM Inversion and SVD Denoise. A first run of each side is not counted.
     """
+    # As the host calls a node: on a copy of its class, with the hidden inputs, of which there are none here.
+    invert, denoise = (node.PREPARE_CLASS_CLONE(None).execute for node in (inversion_node, denoising_node))
     config = ImageToVideoConfig()
     model = load_demo_models()[0]
     generator = torch.Generator().manual_seed(0)

@@ -294,7 +294,7 @@ def test_another_size_and_another_schedule_are_refused(host, model, inversion, f
 
     storage = host.module("pipelines.videoshop.inversion_file")
     large = tiny_models.latent("svd")["samples"].repeat(1, 1, 2, 2)
-    wide = replace(inversion, latent=large, trajectory=None, source=None)
+    wide = replace(inversion, latent=large, trajectory=None, source=None, original=None)
     storage.save_inversion(folder / "wide.safetensors", wide)
     loaded = load(host, model, "wide.safetensors")[3]
     with pytest.raises(ValueError, match="positive was made for 64 x 64 pixels, the clip is 128 x 128"):

@@ -14,8 +14,8 @@ def result(host, tmp_path, monkeypatch):
     file = tmp_path / "weights.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in tiny_models.checkpoint(host, seed=5).items()}, file)
     monkeypatch.setattr(timing, "load_demo_models", lambda: builders.load_demo_models(file))
-    nodes = host.module("nodes.videoshop")
-    return timing.measure(nodes.EDMInversion.execute, nodes.SVDDenoise.execute, runs=2, steps=3)
+    inversion, denoising = host.module("nodes.videoshop"), host.module("nodes.denoising")
+    return timing.measure(inversion.EDMInversion, denoising.SVDDenoise, runs=2, steps=3)
 
 
 def test_every_side_is_timed_and_none_calls_the_network_more_often_than_it_steps(host, result):
