@@ -93,6 +93,7 @@ def benchmark_dreamix(args: argparse.Namespace, common: dict[str, Any]) -> int:
     for name, value, least in (
         ("runs", runs, 1),
         ("tuning-clips", args.tuning_clips, 0),
+        ("motion-clips", args.motion_clips, 0),
         ("timed-runs", args.timed_runs, 0),
     ):
         if value < least:
@@ -101,8 +102,9 @@ def benchmark_dreamix(args: argparse.Namespace, common: dict[str, Any]) -> int:
         raise FileNotFoundError(
             f"there is no interpreter at {args.python}: --python names the one that the host runs in"
         )
-    own = {"runs": runs, "swept_clips": args.tuning_clips, "python": args.python, "cost_runs": args.timed_runs}
-    dreamix.main(args.clips or 10, args.seeds or "test", **own, **common)
+    own = {"runs": runs, "swept_clips": args.tuning_clips, "motion_clips": args.motion_clips}
+    costs = {"python": args.python, "cost_runs": args.timed_runs}
+    dreamix.main(args.clips or 10, args.seeds or "test", **own, **costs, **common)
     return 0
 
 
@@ -201,6 +203,9 @@ def add_benchmark(commands: Any) -> None:
         type=int,
         default=3,
         help="dreamix: validation clips of the table of fine-tuning steps, 0 for none (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--motion-clips", type=int, default=0, help="dreamix: more clips, for motion edits alone (default: %(default)s)"
     )
     bench.add_argument(
         "-o", "--output", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)"

@@ -108,8 +108,10 @@ def report(
     names = [method.name for method in METHODS]
     clips, runs = len({r["seed"] for r in records}), len({r["run"] for r in records})
     count = len({(r["seed"], r["kind"], r["variant"]) for r in records})
+    alone = clips - len({r["seed"] for r in records if r["kind"] != "motion"})
     text = (
-        f"# Dreamix on the synthetic world\n\n{count} edits of {clips} clips of {seeds} seeds, {runs} of "
+        f"# Dreamix on the synthetic world\n\n{count} edits of {clips} clips of {seeds} seeds"
+        f"{f' ({alone} of them for motion edits alone)' if alone else ''}, {runs} run{'s' if runs > 1 else ''} of "
         f"fine-tuning and sampling each, `rewind benchmark dreamix`: {settings.steps} steps, guidance "
         f"{settings.guidance:g}; LoRA of rank {tuning.rank}, {tuning.steps} steps, learning rate "
         f"{tuning.learning_rate:g}, mask {tuning.mask}.\n\n"
@@ -196,18 +198,21 @@ def main(
     tuning: FineTuning = TUNING,
     python: Path | None = None,
     cost_runs: int = 3,
+    motion_clips: int = 0,
 ) -> list[Record]:
     """Edit, measure, print and save.
 
-    clips: sources, each with nine edits. runs: seeds of fine-tuning and sampling a clip. swept_clips: validation clips
-    of the table of steps, 0 for none. python, cost_runs: of `measure_costs`; no table of costs with 0 runs.
+    clips: sources, each with nine edits; motion_clips: more of them, with their motion edits alone. runs: seeds of
+    fine-tuning and sampling a clip. swept_clips: validation clips of the table of steps, 0 for none. python, cost_runs:
+    of `measure_costs`; no table of costs with 0 runs.
     """
     kept = output / "dreamix.partial.jsonl"
-    chosen = [SEEDS[seeds] + index for index in range(clips)]
+    chosen = [SEEDS[seeds] + index for index in range(clips + motion_clips)]
     sweep = [Method(steps_name(count), 0.5 if count else None, count) for count in steps]
     validation = [SEEDS["validation"] + index for index in range(swept_clips)]
     tuned = [Method(m.name, m.alpha, tuning.steps, m.second_pass) for m in METHODS]
-    items = jobs(chosen, tuned, runs, KINDS, settings, tuning)
+    items = jobs(chosen[:clips], tuned, runs, KINDS, settings, tuning)
+    items += jobs(chosen[clips:], tuned, runs, ("motion",), settings, tuning)
     swept_items = [j for j in jobs(validation, sweep, 1, ("motion",), settings, tuning) if j.method is not None]
     parts = runner.run(work, [*items, *swept_items], "dreamix", workers, load, kept)
     records = [record for part in parts[: len(items)] for record in part]

@@ -374,17 +374,26 @@ def test_the_benchmark_of_dreamix_is_passed_its_options(asked, tmp_path, capsys)
     python = tmp_path / "python"
     python.touch()
     options = ["--clips", "3", "--seeds", "validation", "--workers", "2", "--runs", "4", "--tuning-clips", "0"]
+    options += ["--motion-clips", "6"]
     options += ["--timed-runs", "5", "--python", str(python), "-o", str(tmp_path)]
     assert cli.main(["benchmark", "dreamix"]) == cli.main(["benchmark", "dreamix", *options]) == 0
     (_, _, plain), (_, given, told) = asked
     inspect.signature(DREAMIX_MAIN).bind(*given, **told)  # raises where the benchmark takes no such argument
     assert (plain["runs"], plain["swept_clips"], plain["cost_runs"], plain["python"]) == (1, 3, 3, None)
-    own = {"runs": 4, "swept_clips": 0, "cost_runs": 5, "python": python}
+    assert plain["motion_clips"] == 0
+    own = {"runs": 4, "swept_clips": 0, "cost_runs": 5, "python": python, "motion_clips": 6}
     assert (given, told) == ((3, "validation"), {"workers": 2, "output": tmp_path, **own})
 
 
 @pytest.mark.parametrize(
-    "options", [["--runs", "0"], ["--tuning-clips", "-1"], ["--timed-runs", "-1"], ["--python", "absent/python"]]
+    "options",
+    [
+        ["--runs", "0"],
+        ["--tuning-clips", "-1"],
+        ["--timed-runs", "-1"],
+        ["--motion-clips", "-1"],
+        ["--python", "absent/python"],
+    ],
 )
 def test_hours_of_benchmark_are_refused_before_they_begin(asked, capsys, options):
     assert cli.main(["benchmark", "dreamix", *options]) == 2

@@ -231,12 +231,14 @@ def test_shares_are_told_with_an_interval_over_clips():
 
 @pytest.mark.slow
 def test_the_run_prints_every_table_and_saves_its_records(pipeline, tmp_path, capsys):
-    dreamix.main(2, "validation", 1, tmp_path, lambda: pipeline, 1, 1, (0, 1), QUICK, BRIEF, cost_runs=0)
+    brief = {"cost_runs": 0, "motion_clips": 1}
+    dreamix.main(1, "validation", 1, tmp_path, lambda: pipeline, 1, 1, (0, 1), QUICK, BRIEF, **brief)
     text, data = capsys.readouterr().out, json.loads((tmp_path / "dreamix.json").read_text())
     assert text.strip() == (tmp_path / "dreamix.md").read_text().strip()
     for words in (*KINDS, "ordering", "second pass", "Steps of fine-tuning", "Cost", "Not measured here"):
         assert words in text
-    assert len(data["records"]) == 2 * 9 * 5 and len(data["steps"]) == 2 * 4
+    assert "13 edits of 2 clips of validation seeds (1 of them for motion edits alone), 1 run of" in text
+    assert len(data["records"]) == (9 + 4) * 5 and len(data["steps"]) == 2 * 4
     assert text.count("a right answer, through the VAE") == len(KINDS)
     tuned = [r for r in data["records"] if r["method"] == dreamix.MIXED]
     assert all(r["second_pass"] for r in tuned)
