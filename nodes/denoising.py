@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..pipelines.videoshop.inversion import Inversion
-from ..pipelines.videoshop.masks import StoredSource, composite
+from ..pipelines.videoshop.parts import Part, guidance_of, parts_of
 from ..pipelines.videoshop.settings import DEFAULT
-from .host import costs, sampling
+from .host import costs, parts, sampling
 from .host.schema import ADVANCED, InversionType, Schema
 from .preparation import CATEGORY, region
 
@@ -127,18 +126,27 @@ class SVDDenoise(io.ComfyNode):
         samples = sampling.state_of(model, inversion)
         sampling.check_conditioning(model, positive, samples, "positive")
         sampling.check_conditioning(model, negative, samples, "negative")
-        guider = sampling.FrameGuider(model)
-        guider.set_conds(positive, negative)
-        guidance = first_guidance, last_guidance, (guidance_from, guidance_to)
-        guider.set_guidance(*guidance)
-        costs.tell_way_back(cls.hidden.unique_id, "SVD Denoise", guider, samples, inversion.sigmas, *guidance)
-        undo = inversion.normalisation.undo if denormalize and inversion.normalisation is not None else None
-        seed = inversion.settings.get("seed", 0)
         masked = region(mask, samples.shape)
         if masked is not None and inversion.original is None:
             raise ValueError("the inversion does not hold the source's latent, which the mask is to keep: make it anew")
-        sampler = sampling.euler_sampler(undo, None if masked is None else StoredSource(inversion, masked))
-        result = sampling.sample(guider, sampler, inversion.sigmas, samples, torch.zeros_like(samples), seed)
-        if masked is not None:
-            result = composite(result, inversion.original, masked)
+        found, interval = parts_of(inversion), (guidance_from, guidance_to)
+
+        def make_guider(told: list, part: Part) -> sampling.FrameGuider:
+            guider = sampling.FrameGuider(model)
+            guider.set_conds(told, negative)
+            guider.set_guidance(*guidance_of(first_guidance, last_guidance, part, len(samples)), interval)
+            return guider
+
+        costs.tell_way_back(
+            cls.hidden.unique_id,
+            "SVD Denoise",
+            make_guider(positive, found[0]),
+            samples,
+            inversion.sigmas,
+            first_guidance,
+            last_guidance,
+            interval,
+            found=found,
+        )
+        result = parts.play(model, inversion, positive, make_guider, undo=denormalize, region=masked)
         return io.NodeOutput({"samples": result})

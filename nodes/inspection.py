@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -12,8 +11,9 @@ from ..pipelines.denoiser import V
 from ..pipelines.evaluation.metrics import psnr
 from ..pipelines.videoshop.diagnostics import frame_errors, inverted_noise, noise_statistics, step_cosines
 from ..pipelines.videoshop.inversion import Inversion
+from ..pipelines.videoshop.parts import Part, parts_of
 from . import figures
-from .host import costs, sampling
+from .host import costs, parts, sampling
 from .host.encoding import decode_clip, frames_that_fit, sees_clips
 from .host.schema import InversionType, Schema
 from .preparation import CATEGORY, resized
@@ -93,23 +93,19 @@ class RoundTripCheck(io.ComfyNode):
                 "blame the inversion for the difference; invert with cfg 1"
             )
         source, guider = model.model.process_latent_out(inversion.source), sampling.guider(model, positive)
-        more = ", and decoding two clips"
-        costs.tell_way_back(cls.hidden.unique_id, "Round-Trip Check", guider, samples, inversion.sigmas, more=more)
+        told = {"more": ", and decoding two clips", "found": parts_of(inversion)}
+        costs.tell_way_back(cls.hidden.unique_id, "Round-Trip Check", guider, samples, inversion.sigmas, **told)
         copy = decoded(vae, source)
         frames = resized(clip, copy.shape[2], copy.shape[1], "clip").to(copy.device)
         if len(frames) != len(copy):
             raise ValueError(
                 f"the clip has {len(frames)} frames, the inversion {len(copy)}: connect the clip that was inverted"
             )
-        undo = inversion.normalisation.undo if inversion.normalisation is not None else None
-        result = sampling.sample(
-            guider,
-            sampling.euler_sampler(undo),
-            inversion.sigmas,
-            samples,
-            torch.zeros_like(samples),
-            inversion.settings.get("seed", 0),
-        )
+
+        def make_guider(told: list, part: Part) -> Any:
+            return sampling.guider(model, told)
+
+        result = parts.play(model, inversion, positive, make_guider, following=source)
         errors = frame_errors(result.cpu(), source.cpu())
         return cls._report(frames.float(), copy.float(), decoded(vae, result).float(), errors, inversion)
 

@@ -9,8 +9,10 @@ from comfy_api.latest import io
 from ..pipelines.evaluation.memory import in_words
 from ..pipelines.videoshop.inversion import Inversion
 from ..pipelines.videoshop.inversion_file import file_bytes, load_inversion, save_inversion
+from ..pipelines.videoshop.parts import parts_of
 from .host import costs, sampling
 from .host.files import INVERSIONS
+from .host.noise import InvertedNoise
 from .host.schema import InversionType, Schema
 from .preparation import CATEGORY
 from .videoshop import inversion_outputs
@@ -94,10 +96,11 @@ class LoadInversion(io.ComfyNode):
         inversion = load_inversion(path)
         samples = sampling.state_of(model, inversion)
         costs.tell(cls.hidden.unique_id, "Load Inversion", _in_words(inversion))
-        noise = sampling.InvertedNoise(
+        noise = InvertedNoise(
             inversion.latent,
             model.get_model_object("model_sampling"),
             inversion.sigmas,
             inversion.settings.get("seed", 0),
+            len(parts_of(inversion)),
         )
         return io.NodeOutput({"samples": samples}, inversion.sigmas, noise, inversion)

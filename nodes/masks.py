@@ -21,8 +21,10 @@ from ..pipelines.videoshop.masks import (
     composite_pixels,
     edit_mask,
 )
+from ..pipelines.videoshop.parts import parts_of
 from .host import sampling
 from .host.encoding import as_images, check_images
+from .host.noise import IN_PARTS
 from .host.schema import ADVANCED, InversionType, OpticalFlowType, Schema
 from .preparation import CATEGORY, check_same_shape, region, resized
 
@@ -172,6 +174,8 @@ class MaskedSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, inversion: Inversion, mask: Tensor) -> io.NodeOutput:
+        if (count := len(parts_of(inversion))) > 1:
+            raise ValueError(IN_PARTS.format(count))
         masked = region(mask, inversion.latent.shape)
         stored, normalisation = StoredSource(inversion, masked), inversion.normalisation
 

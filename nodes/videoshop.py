@@ -10,10 +10,12 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..pipelines.denoiser import truncate_sigmas
-from ..pipelines.videoshop.inversion import GUESSES, Inversion
+from ..pipelines.videoshop.inversion import GUESSES
+from ..pipelines.videoshop.parts import AT_ONCE, Recorder
 from ..pipelines.videoshop.settings import DEFAULT
-from ..pipelines.videoshop.trajectory import DTYPES, empty_trajectory
-from .host import costs, sampling
+from ..pipelines.videoshop.trajectory import DTYPES
+from .host import costs, parts, sampling
+from .host.noise import InvertedNoise, random_direction
 from .host.schema import ADVANCED, InversionType, Schema
 from .preparation import CATEGORY, NORMALISATION, ORIGINAL
 
@@ -182,6 +184,16 @@ class EDMInversion(io.ComfyNode):
                     "float16 and bfloat16 take half, float16 is the closer one; what starts the way back is "
                     "exact in any.",
                 ),
+                io.Int.Input(
+                    "frames_at_once",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
+                    tooltip="For Stable Video Diffusion and a clip longer than the model: rewound, and by SVD Denoise "
+                    "played, in parts of at most so many frames, each of which goes on from the last frame of the one "
+                    "before; 14 is what the model was trained on. 0 takes the whole clip at once.",
+                ),
             ],
             outputs=inversion_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -204,8 +216,10 @@ class EDMInversion(io.ComfyNode):
         cfg: float = 1.0,
         damping: float = DEFAULT.damping,
         trajectory_dtype: str = "float32",
+        frames_at_once: int = 0,
     ) -> io.NodeOutput:
         samples = sampling.check_latent(model, latent)
+        found = parts.check_parts(model, samples, frames_at_once)
         model_sampling = model.get_model_object("model_sampling")
         path = sampling.noise_path(model_sampling)
         sigmas = truncate_sigmas(sampling.schedule(sigmas, model_sampling), strength)
@@ -226,38 +240,33 @@ class EDMInversion(io.ComfyNode):
             "refine": refine,
             "damping": damping,
         }
+        dtype, steps = DTYPES[trajectory_dtype], len(sigmas) - 1
         guider = sampling.guider(model, positive, negative, cfg)
-        dtype = DTYPES[trajectory_dtype]
-        costs.tell_inversion(cls.hidden.unique_id, guider, samples, len(sigmas) - 1, refine, cfg > 1, dtype)
-        trajectory = empty_trajectory(clean, sigmas, dtype)
-        steps: list[dict[str, Any]] = []
+        costs.tell_inversion(cls.hidden.unique_id, guider, samples, steps, refine, cfg > 1, dtype, found)
+        original, noise = _original(model, latent, samples), random_direction(samples, seed)
+        record, rewound = Recorder(clean, sigmas, found, dtype), []
+        for number, (start, stop) in enumerate(found):
+            if number:
+                told = parts.told_of(positive, original[start : start + 1])
+                guider = sampling.guider(model, told, negative, cfg)
+            sampler = sampling.inversion_sampler(record.of(number), **options)
+            part = samples[start:stop], noise[: stop - start]  # the same direction for all parts
+            result = sampling.sample(guider, sampler, sigmas, *part, seed, (number, len(found)))
+            rewound.append(result[1:] if number else result)
 
-        def keep(step: dict[str, Any]) -> None:
-            trajectory[step["i"] + 1] = step["x"]
-            # In the layout that a file gives back: another one is another last digit.
-            last = step["x"].detach().float().cpu().contiguous() if step["i"] == len(sigmas) - 2 else None
-            steps.append({**step, "x": last, "denoised": None})
-
-        sampler = sampling.inversion_sampler(keep, **options)
-        noise = sampling.random_direction(samples, seed)
-        result = sampling.sample(guider, sampler, sigmas, samples, noise, seed)
-
-        inversion = Inversion(
-            latent=steps[-1]["x"],
+        settings = {**options, "strength": strength, "seed": seed, "cfg": cfg, "path": path}
+        inversion = record.inversion(
             sigmas=sigmas.cpu(),
             normalisation=normalisation,
-            trajectory=trajectory,
-            residuals=tuple(step["residual"] for step in steps if step["residual"] is not None),
-            evaluations=steps[-1]["evaluations"],
-            settings={**options, "strength": strength, "seed": seed, "cfg": cfg, "path": path},
+            settings=settings | ({AT_ONCE: frames_at_once} if len(found) > 1 else {}),
             source=source,
-            original=_original(model, latent, samples),
+            original=original,
             model=sampling.model_fingerprint(model),
         )
         # A mask would make the next sampler paste the inverted clip back; its normalisation is the inversion's now.
         kept = {name: value for name, value in latent.items() if name not in ("noise_mask", NORMALISATION, ORIGINAL)}
-        resume = sampling.InvertedNoise(inversion.latent, model_sampling, inversion.sigmas, seed)
-        return io.NodeOutput({**kept, "samples": result}, inversion.sigmas, resume, inversion)
+        resume = InvertedNoise(inversion.latent, model_sampling, inversion.sigmas, seed, len(found))
+        return io.NodeOutput({**kept, "samples": torch.cat(rewound)}, inversion.sigmas, resume, inversion)
 
 
 class EDMInversionSampler(io.ComfyNode):

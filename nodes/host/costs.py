@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ...pipelines.evaluation.memory import in_words
 from ...pipelines.videoshop.costs import denoising_evaluations, evaluations_in_words, inversion_evaluations
+from ...pipelines.videoshop.parts import Part
 from ...pipelines.videoshop.trajectory import trajectory_bytes
 from .schema import show_text
 
@@ -53,6 +55,17 @@ def sampling_bytes(guider: comfy.samplers.CFGGuider, samples: Tensor, guided: bo
     return int(executor.execute(patcher, list(samples.shape), guider.original_conds, model_options=options))
 
 
+def longest(samples: Tensor, found: Sequence[Part]) -> Tensor:
+    """As much of a clip as its longest part has."""
+    return samples if len(found) < 2 else samples[: max(stop - start for start, stop in found)]
+
+
+def parts_in_words(found: Sequence[Part]) -> str:
+    """ "4 parts of at most 14 frames, in all ", or nothing for one part."""
+    most = max((stop - start for start, stop in found), default=0)
+    return "" if len(found) < 2 else f"{len(found)} parts of at most {most} frames, in all "
+
+
 def sampling_in_words(guider: comfy.samplers.CFGGuider, samples: Tensor, guided: bool) -> str:
     """The most that a sampling takes on its device."""
     model, windows = guider.model_patcher, guider.model_options.get("context_handler")
@@ -72,14 +85,16 @@ def tell_inversion(
     refine: int,
     guided: bool,
     dtype: torch.dtype,
+    found: Sequence[Part],
 ) -> None:
-    """Say what an inversion of EDM Inversion costs. dtype: of the trajectory."""
-    evaluations = inversion_evaluations(steps, refine, 2 if guided else 1)
+    """Say what an inversion of EDM Inversion costs. dtype: of the trajectory; found: the parts of the clip."""
+    fewest, most = (len(found) * n for n in inversion_evaluations(steps, refine, 2 if guided else 1))
     size = trajectory_bytes(samples.shape, steps, dtype)
     tell(
         node_id,
         "EDM Inversion",
-        f"{evaluations_in_words(*evaluations)}; {sampling_in_words(guider, samples, guided)}; {in_words(size)} of main "
+        f"{parts_in_words(found)}{evaluations_in_words(fewest, most)}; "
+        f"{sampling_in_words(guider, longest(samples, found), guided)}; {in_words(size)} of main "
         f"memory for the clip at {steps + 1} noise levels in {str(dtype).removeprefix('torch.')}",
     )
 
@@ -94,11 +109,17 @@ def tell_way_back(
     last: float = 1.0,
     interval: tuple[float, float] = (0.0, math.inf),
     more: str = "",
+    found: Sequence[Part] = (),
 ) -> None:
     """Say what the way back on levels [steps + 1] costs.
 
-    first, last, interval: its guidance. more: what else the node does.
+    first, last, interval: its guidance. more: what else the node does. found: the parts of the clip.
     """
     evaluations = denoising_evaluations(sigmas, first, last, interval)
     guided = evaluations > len(sigmas) - 1
-    tell(node_id, node, f"{evaluations_in_words(evaluations)}{more}; {sampling_in_words(guider, samples, guided)}")
+    tell(
+        node_id,
+        node,
+        f"{parts_in_words(found)}{evaluations_in_words(max(len(found), 1) * evaluations)}{more}; "
+        f"{sampling_in_words(guider, longest(samples, found), guided)}",
+    )

@@ -7,10 +7,10 @@ So every sampling of this pack goes through `sample` below, and every method thr
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_base
@@ -144,11 +144,28 @@ def euler_sampler(
     return DirectSampler(denoise)
 
 
+def fit_windows(guider: comfy.samplers.CFGGuider) -> None:
+    """Make the context windows of a MODEL fit Stable Video Diffusion.
+
+    Newer hosts add the clip's first frame to every later window (`causal_window_fix`), for VAEs that pack frames, but
+    do not tell Stable Video Diffusion of it, which then fails. Its own frames are not packed.
+    """
+    handler = guider.model_options.get("context_handler")
+    if is_svd(guider.model_patcher) and getattr(handler, "causal_window_fix", False):
+        handler = copy.copy(handler)
+        handler.causal_window_fix = False
+        guider.model_options = {**guider.model_options, "context_handler": handler}
+
+
 class FrameGuider(comfy.samplers.CFGGuider):
     """Classifier-free guidance that runs linearly from the first frame to the last, inside an interval of noise levels.
 
     Where it would change nothing, the negative side is not computed. It replaces a guidance function on the MODEL.
     """
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        fit_windows(self)
 
     def set_guidance(self, first: float, last: float, interval: tuple[float, float] = (0.0, math.inf)) -> None:
         self.first, self.last, self.interval = first, last, interval
@@ -181,51 +198,30 @@ class FrameGuider(comfy.samplers.CFGGuider):
         )
 
 
-class InvertedNoise:
-    """A NOISE with which the host's own samplers start exactly at an inverted latent, whatever the model's family.
-
-    From an empty latent the host makes x = k noise, where k depends on the family and the first sigma; so the noise is
-    x / k.
-    """
-
-    def __init__(self, state: Tensor, model_sampling: torch.nn.Module, sigmas: Tensor, seed: int):
-        wrap = SimpleNamespace(inner_model=SimpleNamespace(model_sampling=model_sampling))
-        full = comfy.samplers.Sampler().max_denoise(wrap, sigmas)
-        one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-        self.seed = seed
-        self.noise = state.float().cpu() / float(
-            model_sampling.noise_scaling(sigmas[:1].float().cpu(), one, zero, full)
-        )
-
-    def generate_noise(self, latent: dict[str, Any]) -> Tensor:
-        given, wanted = tuple(latent["samples"].shape), tuple(self.noise.shape)
-        if given != wanted:
-            raise ValueError(
-                f"the latent has shape {given}, the inverted clip {wanted}: connect an empty latent of that size"
-            )
-        if torch.count_nonzero(latent["samples"]):
-            raise ValueError(
-                "this NOISE already holds the whole inverted clip: connect an empty latent (EmptyLatentImage with one "
-                "image a frame, or the empty video latent of the model's family)"
-            )
-        return self.noise.clone()
-
-
 def frame_count(x: Tensor) -> int:
     """Frames of a clip in latent space: the batch of a 4-D latent [T, C, h, w], the third axis of [B, C, T, h, w]."""
     return x.shape[0] if x.ndim == 4 else x.shape[2]
 
 
-def random_direction(samples: Tensor, seed: int) -> Tensor:
-    """Gaussian noise like the latent, from a generator of its own: the host's would seed everything else too."""
-    return torch.randn(samples.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-
-
 def sample(
-    guider: comfy.samplers.CFGGuider, sampler: DirectSampler, sigmas: Tensor, samples: Tensor, noise: Tensor, seed: int
+    guider: comfy.samplers.CFGGuider,
+    sampler: DirectSampler,
+    sigmas: Tensor,
+    samples: Tensor,
+    noise: Tensor,
+    seed: int,
+    part: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """Sample through the host's guider, with its previews and progress. samples and result are in the VAE's space."""
-    callback = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
+    """Sample through the host's guider, with its previews and progress. samples and result are in the VAE's space.
+
+    part: its number and how many there are, for one progress bar over all of them.
+    """
+    steps, (number, parts) = len(sigmas) - 1, part
+    show = latent_preview.prepare_callback(guider.model_patcher, steps * parts)
+
+    def callback(step: int, x0: Tensor, x: Tensor, total_steps: int) -> None:
+        show(number * steps + step, x0, x, steps * parts)
+
     disable = not comfy.utils.PROGRESS_BAR_ENABLED
     result = guider.sample(noise, samples, sampler, sigmas, callback=callback, disable_pbar=disable, seed=seed)
     return result.to(comfy.model_management.intermediate_device())
@@ -234,6 +230,7 @@ def sample(
 def guider(model: Any, positive: list, negative: list | None = None, cfg: float = 1.0) -> comfy.samplers.CFGGuider:
     """The host's guider with its conditions set; without a negative one it is never guided."""
     made = comfy.samplers.CFGGuider(model)
+    fit_windows(made)
     made.inner_set_conds({"positive": positive} if negative is None else {"positive": positive, "negative": negative})
     made.set_cfg(cfg)
     return made

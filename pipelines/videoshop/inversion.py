@@ -41,6 +41,8 @@ class Inversion:
     augmentation_noise: what the headless pipeline adds to the edited first frame; the nodes' conditioning has its own.
     original: the clean latent in the VAE's space, as the nodes were given it: what a mask puts back, to the bit.
     model: of the model that it was made with, or None where that is not known.
+    joins: [steps + 1, parts - 1, C, h, w] in float32 on the CPU, of an inversion in parts (see `parts`): the states of
+        the frames that two parts share, as the later part has them, from clean to noise; None for one part.
     """
 
     latent: Tensor
@@ -54,6 +56,7 @@ class Inversion:
     augmentation_noise: Tensor | None = None
     original: Tensor | None = None
     model: Fingerprint | None = None
+    joins: Tensor | None = None
 
 
 def _check_levels(levels: list[float]) -> None:

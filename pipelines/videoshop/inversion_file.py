@@ -21,9 +21,10 @@ from ..files import read_tensors, write_tensors
 from ..fingerprint import Fingerprint
 from .inversion import Inversion
 from .latents import NORMALISATIONS, Normalisation, check_clip
+from .parts import AT_ONCE, parts_of
 
 FORMAT = "rewind inversion 1"
-TENSORS = ("latent", "sigmas", "trajectory", "source", "augmentation_noise", "original")
+TENSORS = ("latent", "sigmas", "trajectory", "source", "augmentation_noise", "original", "joins")
 SHIFT, SCALE, WEIGHTS = "normalisation.shift", "normalisation.scale", "model.weights"
 ADVICE = "invert the clip again, or give a file that Save Inversion or `rewind edit --save-inversion` wrote"
 
@@ -94,6 +95,8 @@ def _read(tensors: dict[str, Tensor], about: dict[str, Any]) -> Inversion:
         raise ValueError("its source is of another size than its latent")
     if noise is not None and noise.shape != (3, 8 * latent.shape[-2], 8 * latent.shape[-1]):
         raise ValueError("its augmentation noise is of another size than its frames")
+    settings = _settings(about["settings"])
+    _check_joins(tensors.get("joins"), latent, sigmas, settings)
     return Inversion(
         latent=latent,
         sigmas=sigmas,
@@ -101,12 +104,21 @@ def _read(tensors: dict[str, Tensor], about: dict[str, Any]) -> Inversion:
         trajectory=trajectory,
         residuals=tuple(_number(value) for value in about["residuals"]),
         evaluations=_whole(about["evaluations"]),
-        settings=_settings(about["settings"]),
+        settings=settings,
         source=source,
         augmentation_noise=noise,
         original=original,
+        joins=tensors.get("joins"),
         model=_model(tensors.get(WEIGHTS), about["model"]),
     )
+
+
+def _check_joins(joins: Tensor | None, latent: Tensor, sigmas: Tensor, settings: dict[str, Any]) -> None:
+    at_once = _whole(settings.get(AT_ONCE, 0))
+    shared = len(parts_of(Inversion(latent, sigmas, settings={AT_ONCE: at_once}))) - 1
+    wanted = (len(sigmas), shared, *latent.shape[1:]) if shared else None
+    if (None if joins is None else tuple(joins.shape)) != wanted:
+        raise ValueError("the frames that its parts share are not those of its parts")
 
 
 def _check_finite(tensors: dict[str, Tensor]) -> None:

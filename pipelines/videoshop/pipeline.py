@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +11,18 @@ import torch
 from torch import Tensor
 
 from ..chunks import decode_in_chunks
-from ..denoiser import edm_scalings, karras_sigmas
+from ..denoiser import karras_sigmas
 from ..fingerprint import Fingerprint, fingerprint
 from ..video import check_frames, check_pixels
 from .denoising import GuidedDenoiser, sample_euler
 from .inversion import Inversion, sample_edm_inversion
 from .latents import augment, clip_preprocess, normalise, rescale, whiten_condition
 from .masks import StoredSource, check_mask, composite, composite_pixels, latent_mask
+from .parts import Recorder, guidance_of, normalisation_of, part_of, parts, parts_of
 from .settings import DEFAULT, VideoshopSettings
-from .trajectory import empty_trajectory
+from .svd import SVDDenoiser, unet_config
 
 Callback = Callable[[dict[str, Any]], None]
-
-
-class SVDDenoiser:
-    """diffusers' UNetSpatioTemporalConditionModel as a denoiser over one clip, x [T, 4, h, w].
-
-    image_latents: [1 or T, 4, h, w], the first frame's UNSCALED latents, concatenated to every frame; embedding: [1,
-    1, D] of the image encoder; added_ids: [1, 3], (fps - 1, motion bucket, augmentation level). `evaluations` counts
-    calls.
-    """
-
-    def __init__(self, unet: torch.nn.Module, image_latents: Tensor, embedding: Tensor, added_ids: Tensor):
-        self.unet, self.image_latents, self.embedding, self.added_ids = unet, image_latents, embedding, added_ids
-        self.evaluations = 0
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (paper, section on EDM; Karras et al., equation 7)."""
-        self.evaluations += 1
-        c_skip, c_out, c_in, c_noise = edm_scalings(sigma[:1].to(x.device, torch.float32))
-        dtype = self.unet.dtype
-        scaled = (c_in[:, None, None, None] * x.float()).to(dtype)
-        condition = self.image_latents.to(dtype).expand(len(x), -1, -1, -1)
-        output = self.unet(
-            torch.cat([scaled, condition], 1)[None],
-            c_noise,  # float32: the UNet embeds it before it goes on in its own dtype
-            self.embedding.to(dtype),
-            self.added_ids.to(dtype),
-            return_dict=False,
-        )[0][0]
-        return (c_skip[:, None, None, None] * x.float() + c_out[:, None, None, None] * output.float()).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -75,20 +47,6 @@ def check_video(video: Tensor, edited: Tensor | None = None, multiple: int = 8) 
         )
     if edited is not None:
         check_pixels(edited, "edited frame")
-
-
-def unet_config(path: str | Path) -> dict[str, Any]:
-    """The UNet's configuration of a model in diffusers' layout, a folder or a hub's id; no weights are read.
-
-    Raises ValueError for a model of another kind, OSError where there is none.
-    """
-    from diffusers import UNetSpatioTemporalConditionModel
-
-    config = UNetSpatioTemporalConditionModel.load_config(str(path), subfolder="unet")
-    found = config.get("_class_name")
-    if found != UNetSpatioTemporalConditionModel.__name__:
-        raise ValueError(f"{path} holds a {found}; Videoshop takes image-to-video models like SVD")
-    return config
 
 
 class VideoshopPipeline:
@@ -225,47 +183,42 @@ class VideoshopPipeline:
         noise, fresh = torch.randn(2, *video.shape[1:], generator=generator)
         latents = self.encode(video)
         direction = torch.randn(latents.shape, generator=generator).to(latents)
-        condition = self.condition(video[0], settings, noise, whiten=settings.normalise_condition)
+        first = self.condition(video[0], settings, noise, whiten=settings.normalise_condition)
         region = None if mask is None else latent_mask(mask, latents.shape)
         normalised, applied = normalise(latents, settings.normalise, mask=region)
         sigmas = settings.sigmas()
-        states = empty_trajectory(normalised, sigmas, trajectory_dtype) if keep_trajectory else None
-        residuals = []
+        found = parts(len(video), settings.frames_at_once)
+        record = Recorder(normalised, sigmas, found, trajectory_dtype if keep_trajectory else None)
+        for number, (start, stop) in enumerate(found):
+            keep, shared = record.of(number), latents[start : start + 1]
 
-        def collect(step: dict[str, Any]) -> None:
-            if states is not None:
-                states[step["i"] + 1] = step["x"]
-            if step["residual"] is not None:
-                residuals.append(step["residual"])
-            if callback is not None:
-                callback(step)
+            def collect(step: dict[str, Any], keep: Callback = keep) -> None:
+                keep(step)
+                if callback is not None:
+                    callback(step)
 
-        inverted = sample_edm_inversion(
-            condition,
-            normalised,
-            sigmas.flip(0),
-            callback=collect,
-            disable=not progress,
-            guess_above=settings.guess_above,
-            guess_below=settings.guess_below,
-            threshold=settings.threshold,
-            noise=direction,
-            refine=settings.refine,
-            damping=settings.damping,
-            tolerance=settings.tolerance,
-        )
-        return Inversion(
-            latent=inverted.contiguous(),  # as a file gives it back: another layout is another last digit
+            sample_edm_inversion(
+                self._told_of(first, shared, settings.normalise_condition) if number else first,
+                normalised[start:stop],
+                sigmas.flip(0),
+                callback=collect,
+                disable=not progress,
+                noise=direction[: stop - start],  # the same for all parts
+                **settings.guesses(),
+            )
+        return record.inversion(
             sigmas=sigmas,
             normalisation=applied,
-            trajectory=states,
-            residuals=tuple(residuals),
-            evaluations=condition.evaluations,
             settings=asdict(settings),
             source=latents,
             augmentation_noise=noise if settings.shared_augmentation else fresh,
             model=self.fingerprint(),
         )
+
+    def _told_of(self, first: SVDDenoiser, frame: Tensor, whiten: bool = False) -> SVDDenoiser:
+        """The model told of a frame in model space, [1, 4, h, w], in the place of its first frame."""
+        frame = frame / self.scaling_factor
+        return first.told_of(whiten_condition(frame, self.scaling_factor) if whiten else frame)
 
     def fingerprint(self) -> Fingerprint:
         """What tells this model's UNet from others."""
@@ -305,17 +258,38 @@ class VideoshopPipeline:
         mask: Tensor | None,
     ) -> tuple[Tensor, int]:
         region = None if mask is None else latent_mask(mask, inversion.latent.shape).to(self.device)
-        put_back = None if region is None else StoredSource(inversion, region)
-        condition = self.condition(edited_frame, settings, inversion.augmentation_noise)
-        start = inversion.latent.to(self.device)
-        x, calls = self._play(start, inversion.sigmas, condition, settings, callback, progress, put_back)
-        if inversion.normalisation is not None and settings.denormalise:
-            x = inversion.normalisation.undo(x)
         if region is not None:
-            x = composite(x, inversion.source, region)
-        if settings.rescale:
-            x = rescale(x, self.encode(edited_frame[None]), settings.rescale, mask=region)
-        return x, calls
+            region = region.expand(len(inversion.latent), -1, -1, -1)
+            StoredSource(inversion, region)  # raises where nothing can be put back
+        first = self.condition(edited_frame, settings, inversion.augmentation_noise)
+        reference = self.encode(edited_frame[None]) if settings.rescale else None
+
+        def finish(x: Tensor) -> Tensor:
+            """The clip up to where it is played, with the statistics of its own first frame."""
+            normalisation = normalisation_of(inversion.normalisation, 0, len(x))
+            if normalisation is not None and settings.denormalise:
+                x = normalisation.undo(x)
+            masked = None if region is None else region[: len(x)]
+            if masked is not None:
+                x = composite(x, inversion.source[: len(x)], masked)
+            return x if reference is None else rescale(x, reference, settings.rescale, mask=masked)
+
+        x, calls = inversion.latent[:0].to(self.device), 0
+        for number, (start, stop) in enumerate(parts_of(inversion)):
+            part = part_of(inversion, number)
+            ends = settings.first_guidance, settings.last_guidance
+            ends = guidance_of(*ends, (start, stop), len(inversion.latent))
+            played, count = self._play(
+                part.latent.to(self.device),
+                inversion.sigmas,
+                self._told_of(first, finish(x)[-1:]) if number else first,
+                replace(settings, first_guidance=ends[0], last_guidance=ends[1]),
+                callback,
+                progress,
+                None if region is None else StoredSource(part, region[start:stop]),
+            )
+            x, calls = torch.cat([x, played[1:] if number else played]), calls + count
+        return finish(x), calls
 
     def _play(
         self,

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from ..denoiser import karras_sigmas, truncate_sigmas
 from .inversion import GUESSES
 from .latents import NORMALISATIONS
+from .parts import check_at_once
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class VideoshopSettings:
     augmentation: noise on the first frame, in the units of pixels in -1..1; shared_augmentation: the same noise for the
         source's and the edited first frame (ours), instead of fresh noise (the authors' code).
     fps, motion_bucket: what the model is told of the clip.
+    frames_at_once: for a clip longer than the model, rewind and play it in parts of at most so many frames; 0 for the
+        whole clip at once. See `parts`.
     """
 
     steps: int = 25
@@ -58,6 +62,7 @@ class VideoshopSettings:
     shared_augmentation: bool = True
     fps: int = 7
     motion_bucket: int = 127
+    frames_at_once: int = 0
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
@@ -89,6 +94,12 @@ class VideoshopSettings:
         for holds, message in rules:
             if not holds:
                 raise ValueError(message)
+        check_at_once(self.frames_at_once)
+
+    def guesses(self) -> dict[str, Any]:
+        """What `sample_edm_inversion` takes of these settings."""
+        names = ("guess_above", "guess_below", "threshold", "refine", "damping", "tolerance")
+        return {name: getattr(self, name) for name in names}
 
     def sigmas(self) -> Tensor:
         """The noise levels of the way back, [steps + 1] in float64, descending to 0: the schedule's rewound share."""

@@ -201,19 +201,11 @@ def test_context_windows_apply(host, model, inputs):
     if "ContextWindowsManual" not in host.mappings:
         pytest.skip(f"ComfyUI {host.version} has no context windows node")
     counting, calls = tiny_models.counted(model)
-    known = host.mappings["ContextWindowsManual"].INPUT_TYPES()
-    # Newer hosts add a frame to each window, of which their own SVD is not told.
-    plain = (
-        {"causal_window_fix": False}
-        if "causal_window_fix" in {**known["required"], **known.get("optional", {})}
-        else {}
-    )
     (windowed,) = host.run_node(
         "ContextWindowsManual",
         model=counting,
         context_length=3,
         context_overlap=1,
-        **plain,
         dim=0,
         context_schedule="standard_static",
     )
