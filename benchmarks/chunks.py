@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..demo import world as W
-from ..demo.clip import SEEDS
+from ..demo.clip import SEEDS, world_of
 from ..pipelines.chunks import decode_in_chunks, spans
 from ..pipelines.evaluation.metrics import psnr
 from ..pipelines.videoshop.pipeline import VideoshopPipeline
 from . import runner
 
 FRAMES = 32  # four times the embedded model's length
-WORLD = W.World(frames=FRAMES, speed=(1.0, 2.0))  # slow enough for so long a path to stay in the picture
+WORLD = world_of(FRAMES)
 CHUNKS = {8: (0, 1, 2, 4), 14: (0, 1, 2, 4, 7)}  # frames at once: overlaps
 
 

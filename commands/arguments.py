@@ -57,6 +57,13 @@ def add_edit(commands: Any) -> None:
         "--fps", type=int, help="resample the clip to it and tell the model (default: every frame as it is)"
     )
     edit.add_argument("--motion-bucket", type=int, help="how much motion the model is told of")
+    edit.add_argument(
+        "--frames-at-once",
+        type=int,
+        metavar="N",
+        help="edit a clip longer than the model, all of it, in parts of at most so many frames, each of which goes on "
+        "from the last edited frame of the one before (default: at once)",
+    )
     edit.add_argument("--seed", type=int, help="(default: 0)")
     edit.add_argument("--force", action="store_true", help="overwrite what is written")
     add_edit_mask(edit.add_argument_group("the mask", "what lies outside it comes back as it was"))

@@ -17,9 +17,10 @@ from ..pipelines.video import read_image, read_video, write_video
 from ..pipelines.videoshop.costs import denoising_evaluations, evaluations_in_words, inversion_evaluations
 from ..pipelines.videoshop.inversion import Inversion
 from ..pipelines.videoshop.inversion_file import file_bytes, load_inversion, save_inversion
+from ..pipelines.videoshop.parts import parts
 from ..pipelines.videoshop.settings import DEFAULT, PAPER, REFERENCE, VideoshopSettings
 from ..pipelines.videoshop.trajectory import DTYPES, trajectory_bytes
-from .files import check_output, choose_size, free_name, given, resized, say, tell_length, tell_reading
+from .files import check_output, choose_size, free_name, given, resized, say, tell_parts, tell_reading
 from .masks import NONE, check_mask_options, make_mask
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 PRESETS = {"default": DEFAULT, "paper": PAPER, "reference": REFERENCE}
 SAME_PROPORTIONS = 0.02  # the edited frame's may differ by this share from the clip's
-OF_THE_INVERSION = ("preset", "steps", "strength", "refine", "motion_bucket", "seed", "trajectory")
+OF_THE_INVERSION = ("preset", "steps", "strength", "refine", "motion_bucket", "frames_at_once", "seed", "trajectory")
 MOST_STEPS = 10_000  # of a schedule that a file asks for
 SAME_CLIP = 0.05  # latents of one clip differ by this share at most, on other devices and in other precisions
 
@@ -89,7 +90,7 @@ def edit_settings(args: argparse.Namespace, inversion: Inversion | None = None) 
 
     Raises ValueError for a value out of range.
     """
-    named = ("steps", "strength", "refine", "fps", "motion_bucket")
+    named = ("steps", "strength", "refine", "fps", "motion_bucket", "frames_at_once")
     changes = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
     if args.guidance:
         changes |= {"first_guidance": args.guidance[0], "last_guidance": args.guidance[1]}
@@ -156,7 +157,9 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
     inversion = read_inversion(args)
     settings, facts = edit_settings(args, inversion), model_facts(args.model)
     count = facts.frames if args.frames is None else args.frames
-    if count < 2:
+    if args.frames is None and settings.frames_at_once:
+        count = None  # all of it
+    if count is not None and count < 2:
         raise ValueError(f"got --frames {count}; a clip has at least 2")
     read = read_video(args.clip, frames=count, fps=args.fps)
     edited = read_image(args.edited)
@@ -176,7 +179,7 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
         )
 
     tell_reading(read, args.frames, args.fps)
-    tell_length(frames, facts.frames)
+    tell_parts(frames, facts.frames, settings.frames_at_once)
     if read.has_audio:
         say("the audio track is left out")
     clip, picture = resized("clip", read.frames, size), resized("edited frame", edited[None], size)[0]
@@ -200,12 +203,13 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
 def tell_costs(job: EditJob) -> None:
     """Say what the edit costs, before it starts."""
     s, sigmas = job.settings, job.settings.sigmas() if job.inversion is None else job.inversion.sigmas
-    steps = len(sigmas) - 1
-    back = denoising_evaluations(sigmas, s.first_guidance, s.last_guidance, s.guidance_interval)
-    there = (
-        "an inversion that is there" if job.inversion else evaluations_in_words(*inversion_evaluations(steps, s.refine))
-    )
-    say(f"{there}, and {evaluations_in_words(back)} for the way back")
+    steps, found = len(sigmas) - 1, len(parts(len(job.clip), s.frames_at_once))
+    back = found * denoising_evaluations(sigmas, s.first_guidance, s.last_guidance, s.guidance_interval)
+    there = evaluations_in_words(*(found * n for n in inversion_evaluations(steps, s.refine)))
+    if job.inversion is not None:
+        there = "an inversion that is there"
+    told = f"{found} parts of at most {s.frames_at_once} frames: " if found > 1 else ""
+    say(f"{told}{there}, and {evaluations_in_words(back)} for the way back")
     if job.save_inversion is not None:
         shape = (len(job.clip), 4, job.clip.shape[2] // 8, job.clip.shape[3] // 8)
         size = trajectory_bytes(shape, steps, DTYPES[job.trajectory])

@@ -145,6 +145,16 @@ def tell_length(frames: int, own: int) -> None:
         say(f"{frames} frames; the model was trained on {own}, other numbers may look worse")
 
 
+def tell_parts(frames: int, own: int, at_once: int) -> None:
+    """The same of a clip that is edited in parts of at most `at_once` frames; 0 is the whole clip at once."""
+    if not at_once:
+        tell_length(frames, own)
+        if frames > own:
+            say(f"--frames-at-once {own} edits it in parts")
+    elif at_once > own:
+        say(f"{at_once} frames at once; the model was trained on {own}, more may look worse")
+
+
 def resized(name: str, images: Tensor, size: tuple[int, int]) -> Tensor:
     """Images [n, 3, H, W] at a size (width, height), and said where that changes them."""
     old = (images.shape[3], images.shape[2])

@@ -24,6 +24,7 @@ CLIP = Path(__file__).with_name("clip.mp4")
 EDITED = Path(__file__).with_name("edited.png")
 # The inversion of the node's own clip in ComfyUI, for the workflow videoshop_load_inversion.
 INVERSION = Path(__file__).parent / "inversions" / "rewind_demo_inversion.safetensors"
+ROOM = 62.0  # pixels that the longest path may span, of a 96-pixel frame with its margins
 SHIPPED_SEED, SHIPPED_EDIT = 2_900_007, "recolour"  # a clear turn; apart from the test seeds of the figures
 
 
@@ -44,6 +45,18 @@ class Example:
     def edited_frame(self) -> Tensor:
         """The first frame of the true edit, [3, H, W]: what a user would make in an editor."""
         return self.target[0]
+
+
+def world_of(frames: int) -> W.World:
+    """The world of clips of so many frames: in long ones objects are slow enough for their path to stay in the picture.
+
+    Raises ValueError for fewer than 2 frames.
+    """
+    if frames < 2:
+        raise ValueError(f"got {frames} frames; a clip has at least 2")
+    slow, fast = W.World().speed
+    fast = min(fast, ROOM / (frames - 1))
+    return W.World(frames=frames, speed=(min(slow, fast / 2), fast))
 
 
 def example(seed: int, kind: str = "recolour", motion: str = "unpredictable", world: W.World = W.World()) -> Example:

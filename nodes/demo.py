@@ -7,9 +7,9 @@ from fractions import Fraction
 from comfy_api.latest import InputImpl, Types, io
 
 from ..demo.captions import caption
-from ..demo.clip import FPS, example
+from ..demo.clip import FPS, example, world_of
 from ..demo.text_edits import KINDS, TOKEN, text_example
-from ..demo.world import EDITS
+from ..demo.world import EDITS, World
 from ..pipelines.videoshop.settings import DEFAULT
 from .host.encoding import as_images
 from .host.models import load_demo_image_models, load_demo_models, load_demo_text_models
@@ -129,9 +129,18 @@ class DemoClip(io.ComfyNode):
                     tooltip="Draws the clip, its motion and its edit. Each value is another clip; the motion turns "
                     "and changes its speed in a way that the first frame does not tell.",
                 ),
+                io.Int.Input(
+                    "frames",
+                    default=World().frames,
+                    min=2,
+                    max=64,
+                    optional=True,
+                    tooltip="Length of the clip. 8 is what the demo model was trained on; more, to try what is made "
+                    "for clips longer than a model.",
+                ),
             ],
             outputs=[
-                io.Video.Output("clip", tooltip="The source clip: 8 frames of 96 x 96."),
+                io.Video.Output("clip", tooltip="The source clip, frames of 96 x 96."),
                 io.Image.Output("edited_frame", tooltip="The first frame after the edit: what you would paint."),
                 io.Image.Output(
                     "true_edit", tooltip="Every frame of the truly edited clip, to compare with; not an input."
@@ -141,8 +150,8 @@ class DemoClip(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, edit: str, seed: int) -> io.NodeOutput:
-        chosen = example(seed, edit)
+    def execute(cls, edit: str, seed: int, frames: int = World().frames) -> io.NodeOutput:
+        chosen = example(seed, edit, world=world_of(frames))
         source, target = as_images(chosen.source), as_images(chosen.target)
         video = InputImpl.VideoFromComponents(Types.VideoComponents(images=source, frame_rate=Fraction(DEFAULT.fps)))
         return io.NodeOutput(video, target[:1], target, chosen.region)

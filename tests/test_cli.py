@@ -118,6 +118,23 @@ def test_a_short_clip_is_taken_whole_and_told(tmp_path, pipeline, capsys):
     assert "5 frames; the model was trained on 8" in capsys.readouterr().out
 
 
+def test_a_long_clip_is_taken_whole_in_parts_and_told(tmp_path, pipeline, capsys):
+    write_files(tmp_path, frames=22)
+    assert edit(tmp_path, "--frames", "22") == 0
+    said = capsys.readouterr().out
+    assert "22 frames; the model was trained on 8" in said and "--frames-at-once 8 edits it in parts" in said
+    assert len(pipeline.asked[0].video) == 22 and pipeline.asked[0].settings.frames_at_once == 0
+
+    assert edit(tmp_path, "--frames-at-once", "8", "--steps", "20", "--strength", "0.5", "--force") == 0
+    said = capsys.readouterr().out
+    assert len(pipeline.asked[1].video) == 22 and pipeline.asked[1].settings.frames_at_once == 8
+    assert "3 parts of at most 8 frames: 30 network evaluations, and 30" in said
+    assert "trained" not in said and "trimmed" not in said
+    assert edit(tmp_path, "--frames-at-once", "9", "--frames", "18", "--force") == 0
+    assert "9 frames at once; the model was trained on 8" in capsys.readouterr().out
+    assert len(pipeline.asked[2].video) == 18
+
+
 def test_resampling_covers_more_time(tmp_path, pipeline, capsys):
     write_files(tmp_path, frames=12, fps=12)
     assert edit(tmp_path, "--fps", "6", "--frames", "5") == 0

@@ -78,6 +78,16 @@ def test_another_edit_takes_the_same_inversion(folder, capsys):
     assert not torch.equal(read_video(folder / "second.mp4").frames, read_video(folder / "plain.mp4").frames)
 
 
+def test_a_kept_inversion_in_parts_is_used_in_parts(folder, capsys):
+    kept = ["--frames-at-once", "2", "--save-inversion", str(folder / "parts.safetensors")]
+    assert edit(folder, "parts_saved.mp4", "edited.png", *SHORT, *kept) == 0
+    assert use(folder, "parts_used.mp4", file="parts.safetensors") == 0
+    assert "2 parts of at most 2 frames: an inversion that is there" in capsys.readouterr().out
+    assert (folder / "parts_used.mp4").read_bytes() == (folder / "parts_saved.mp4").read_bytes()
+    assert use(folder, "no.mp4", "edited.png", "--frames-at-once", "3", file="parts.safetensors") == 2
+    assert "leave out --frames-at-once" in capsys.readouterr().err
+
+
 def test_a_kept_inversion_serves_a_mask(folder):
     masked = ["--guidance", "1", "2", "--mask", "auto", "--mask-grow", "0", "--keep-pixels"]
     assert use(folder, "masked.mp4", "corner.png", *masked) == 0
