@@ -124,7 +124,7 @@ def benchmark_ei2(args: argparse.Namespace, common: dict[str, Any]) -> int:
 
 def run_benchmark(args: argparse.Namespace) -> int:
     """`rewind benchmark`."""
-    from .benchmarks import chunks, cost, local, model, round_trip, sweep, videoshop
+    from .benchmarks import chunks, cost, local, long, model, round_trip, sweep, videoshop
 
     if args.clips is not None and args.clips < 2:
         raise ValueError(f"got --clips {args.clips}; a spread needs at least 2")
@@ -138,6 +138,9 @@ def run_benchmark(args: argparse.Namespace) -> int:
         return benchmark_ei2(args, common)
     if args.what == "local":
         local.main(args.clips or local.CLIPS, args.seeds or "test", args.kinds or EDITS, **common)
+        return 0
+    if args.what == "long":
+        long.main(args.clips or long.CLIPS, args.seeds or "test", args.kinds or long.KINDS, **common)
         return 0
     if args.what == "chunks":
         chunks.main(args.clips or 8, args.seeds or "test", **common)
@@ -168,15 +171,18 @@ class Parser(argparse.ArgumentParser):
 
 def add_benchmark(commands: Any) -> None:
     bench = commands.add_parser("benchmark", help="measure against the synthetic world's known answers")
-    bench.add_argument("what", choices=("model", "videoshop", "local", "chunks", "dreamix", "ei2", "cost"))
+    bench.add_argument("what", choices=("model", "videoshop", "local", "long", "chunks", "dreamix", "ei2", "cost"))
     bench.add_argument(
         "--clips",
         type=int,
-        help="default: model 64, videoshop 32 (round trip, local 16), sweep 8, chunks 8, dreamix 10, ei2 8",
+        help="default: model 64, videoshop 32 (round trip, local 16), sweep, long, chunks 8, dreamix 10, ei2 8",
     )
     bench.add_argument("--seeds", choices=("validation", "test"), help="default: test, of a sweep validation")
     bench.add_argument(
-        "--kinds", nargs="+", choices=EDITS, help="videoshop, local: kinds of edit (default: all; of a sweep two)"
+        "--kinds",
+        nargs="+",
+        choices=EDITS,
+        help="videoshop, local, long: kinds of edit (default: all; a sweep: two, long: three)",
     )
     bench.add_argument("--in-turn", action="store_true", help="videoshop: one kind a clip, a sixth of the time")
     bench.add_argument("--only", choices=("edits", "round-trip"), help="videoshop: one part")
