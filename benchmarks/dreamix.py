@@ -17,12 +17,13 @@ from .dreamixing import REFERENCES, SECOND_PASS, SETTINGS, TUNING, Method, Recor
 from .statistics import margin, share
 
 MIXED = "mixed, alpha 0.5"
+ALONE = "video alone, alpha 1"
 METHODS = (
     Method("no fine-tuning"),
-    Method("video alone, alpha 1", 1.0),
+    Method(ALONE, 1.0),
     Method(MIXED, 0.5, second_pass=True),
 )
-STEPS = (0, 25, 50, 100, 200)  # of fine-tuning, of which the default is chosen
+STEPS = (0, 25, 50, 100, 200, 400)  # of fine-tuning, of which the default is chosen
 MEASURES = ("appearance", "accuracy", "success")
 
 
@@ -72,9 +73,13 @@ def second_pass_table(records: Sequence[Record]) -> str:
 
 
 def steps_table(records: Sequence[Record], counts: Sequence[int]) -> str:
-    """Success of motion edits against the number of fine-tuning steps."""
-    rows = [[f"{count}", *(share(of(records, steps_name(count)), key) for key in MEASURES)] for count in counts]
-    return runner.table(["steps of fine-tuning", *MEASURES], rows)
+    """Success of motion edits against the number of fine-tuning steps, mixed and on the clip alone."""
+    rows = [
+        [f"{count}", *(share(of(records, steps_name(count, name)), key) for name in (MIXED, ALONE) for key in MEASURES)]
+        for count in counts
+    ]
+    header = [f"{key}, {name.split(',')[0]}" for name in (MIXED, ALONE) for key in MEASURES]
+    return runner.table(["steps of fine-tuning", *header], rows)
 
 
 def cost_table(costs: dict[str, list[dict[str, Any]]]) -> str:
@@ -91,9 +96,16 @@ def cost_table(costs: dict[str, list[dict[str, Any]]]) -> str:
     return runner.table(header, rows)
 
 
-def steps_name(count: int) -> str:
-    """The name of the method that fine-tunes for so many steps."""
-    return f"{count} steps"
+def steps_name(count: int, name: str) -> str:
+    """The name of the method that fine-tunes for so many steps; no steps are the same for all."""
+    return f"{count} steps, {name}" if count else "0 steps"
+
+
+def step_methods(steps: Sequence[int]) -> list[Method]:
+    """What the table of steps compares."""
+    alphas = {MIXED: 0.5, ALONE: 1.0}
+    tuned = [Method(steps_name(n, name), alphas[name], n) for n in steps if n for name in alphas]
+    return ([Method(steps_name(0, MIXED), None, 0)] if 0 in steps else []) + tuned
 
 
 def report(
@@ -134,7 +146,7 @@ def report(
     if swept:
         counts = sorted({int(r["method"].split()[0]) for r in swept})
         of_swept = len({r["seed"] for r in swept})
-        text += f"\n## Steps of fine-tuning ({MIXED}, motion edits of {of_swept} clips of validation seeds)\n\n"
+        text += f"\n## Steps of fine-tuning (motion edits of {of_swept} clips of validation seeds)\n\n"
         text += steps_table(swept, counts)
     text += "\n## Cost of fine-tuning\n\n"
     if not costs:
@@ -208,12 +220,13 @@ def main(
     """
     kept = output / "dreamix.partial.jsonl"
     chosen = [SEEDS[seeds] + index for index in range(clips + motion_clips)]
-    sweep = [Method(steps_name(count), 0.5 if count else None, count) for count in steps]
     validation = [SEEDS["validation"] + index for index in range(swept_clips)]
     tuned = [Method(m.name, m.alpha, tuning.steps, m.second_pass) for m in METHODS]
     items = jobs(chosen[:clips], tuned, runs, KINDS, settings, tuning)
     items += jobs(chosen[clips:], tuned, runs, ("motion",), settings, tuning)
-    swept_items = [j for j in jobs(validation, sweep, 1, ("motion",), settings, tuning) if j.method is not None]
+    swept_items = [
+        j for j in jobs(validation, step_methods(steps), 1, ("motion",), settings, tuning) if j.method is not None
+    ]
     parts = runner.run(work, [*items, *swept_items], "dreamix", workers, load, kept)
     records = [record for part in parts[: len(items)] for record in part]
     swept = [record for part in parts[len(items) :] for record in part]

@@ -238,7 +238,7 @@ def test_the_run_prints_every_table_and_saves_its_records(pipeline, tmp_path, ca
     for words in (*KINDS, "ordering", "second pass", "Steps of fine-tuning", "Cost", "Not measured here"):
         assert words in text
     assert "13 edits of 2 clips of validation seeds (1 of them for motion edits alone), 1 run of" in text
-    assert len(data["records"]) == (9 + 4) * 5 and len(data["steps"]) == 2 * 4
+    assert len(data["records"]) == (9 + 4) * 5 and len(data["steps"]) == 3 * 4
     assert text.count("a right answer, through the VAE") == len(KINDS)
     tuned = [r for r in data["records"] if r["method"] == dreamix.MIXED]
     assert all(r["second_pass"] for r in tuned)
