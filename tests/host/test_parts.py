@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
+import comfy_host
 import pytest
 import tiny_models
 import torch
+from graph import to_api
+from results import frames, node_of
 
 STEPS, AT_ONCE = 4, 3
 SPANS = [(0, 3), (2, 5), (4, 7)]
@@ -205,3 +210,25 @@ def test_a_frame_more_in_a_window_is_left_out(host, model, conditions, source):
         results.append((inversion.latent, denoise(host, patched, conditions, inversion)))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert with_frame.model_options["context_handler"].causal_window_fix, "the MODEL itself stays as it was"
+
+
+# --- the workflow -----------------------------------------------------------------------------------------------------
+
+
+def test_the_long_graph_shows_the_known_answer_in_every_part(host, server, trained):
+    workflow = json.loads((comfy_host.ROOT / "workflows" / "videoshop_long.json").read_text(encoding="utf-8"))
+    prompt = to_api(workflow, server.object_info())
+    result = frames(server, server.prompt(prompt), node_of(prompt, "PreviewImage")).movedim(-1, 1)
+    given = prompt[node_of(prompt, "RewindDemoClip")]["inputs"]
+    clip, metrics = host.module("demo.clip"), host.module("pipelines.evaluation.metrics")
+    truth = clip.example(given["seed"], given["edit"], world=clip.world_of(given["frames"]))
+    assert result.shape == truth.source.shape and len(result) == 4 * 8
+    if not trained:
+        return
+    at_once = prompt[node_of(prompt, "RewindEDMInversion")]["inputs"]["frames_at_once"]
+    for start, stop in host.module("pipelines.videoshop.parts").parts(len(result), at_once):
+        region = truth.region[start:stop]
+        edit, left = (
+            metrics.psnr(shown[start:stop], truth.target[start:stop], region) for shown in (result, truth.source)
+        )
+        assert edit > left + 3, (start, stop)
