@@ -237,6 +237,11 @@ class DreamixCorrupt(io.ComfyNode):
             )
         check_length(vae, len(frames))
         path = sampling.noise_path(model.get_model_object("model_sampling"))
+        if path.preserving:
+            raise ValueError(
+                "CogVideoX samples in coordinates of its own, which the host's samplers do not keep to: use another "
+                "text-to-video model, such as Wan"
+            )
         sigmas = sigmas_from(sampling.noise_levels(model, scheduler, steps), s, path)
         degraded = as_images(degrade(frames, factor, stride=stride, temporal=temporal))
         samples = sampling.check_latent(model, {"samples": encode_clip(vae, degraded)})

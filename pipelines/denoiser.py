@@ -26,11 +26,13 @@ class NoisePath:
     sigma_data: of EDM's skip connection, c_skip = sigma_data^2 / (sigma^2 + sigma_data^2); None for families without
         one (EPS: D = x - sigma F; flow: D = x - sigma F), whose c_skip is 1.
     rectified: a flow's network in VE coordinates (Cosmos): with t = sigma / (1 + sigma), D = (1 - t) x - t F.
+    preserving: a denoiser in VP coordinates (CogVideoX), where x keeps its variance: see `shown`.
     """
 
     kind: Literal["ve", "flow"] = "ve"
     sigma_data: float | None = None
     rectified: bool = False
+    preserving: bool = False
 
     def signal(self, sigma: float) -> float:
         """The factor of x0 in x at a noise level."""
@@ -40,6 +42,14 @@ class NoisePath:
         """The noise level that means the same for every family: sigma (VE), sigma / (1 - sigma) (flow)."""
         signal = self.signal(sigma)
         return sigma / signal if signal > 0 else float("inf")
+
+    def shown(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """What a denoiser of this family is shown for x: itself, or x / sqrt(1 + sigma^2) in VP coordinates.
+
+        In these x = alpha x0 + sqrt(1 - alpha^2) n with alpha = 1 / sqrt(1 + sigma^2): VE's x times alpha. The ODE is
+        solved in VE coordinates for every family; at level 0 both are the same. x: [B, ...]; sigma: [B].
+        """
+        return x / torch.sqrt(1 + sigma.to(x) ** 2).view(-1, *[1] * (x.ndim - 1)) if self.preserving else x
 
     def c_skip(self, sigma: float) -> float:
         """The share of x in the denoised estimate D = c_skip x + c_out F(x), F being the network."""
@@ -54,6 +64,7 @@ EPS = NoisePath("ve")
 V = NoisePath("ve", sigma_data=1.0)  # v-prediction, Stable Video Diffusion's EDM form among it
 FLOW = NoisePath("flow")
 COSMOS = NoisePath("ve", rectified=True)
+DDPM = NoisePath("ve", sigma_data=1.0, preserving=True)  # CogVideoX: v-prediction of a network in VP coordinates
 
 
 def EDM(sigma_data: float = 0.5) -> NoisePath:  # noqa: N802

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 import comfy.samplers
 import torch
 from torch import Tensor
+
+from .sampling import noise_path
+
+logger = logging.getLogger(__name__)
 
 IN_PARTS = (
     "this inversion was made in {} parts, which SVD Denoise alone plays again: connect it there, or invert with "
@@ -24,17 +29,24 @@ class InvertedNoise:
     """A NOISE with which the host's own samplers start exactly at an inverted latent, whatever the model's family.
 
     From an empty latent the host makes x = k noise, where k depends on the family and the first sigma; so the noise is
-    x / k. parts: that the inversion was made in; the host's samplers know nothing of them.
+    x / k. CogVideoX alone comes back by the host's VOIDSampler, which keeps to VP coordinates and takes the noise as x.
+    parts: that the inversion was made in; the host's samplers know nothing of them.
     """
 
     def __init__(self, state: Tensor, model_sampling: torch.nn.Module, sigmas: Tensor, seed: int, parts: int = 1):
+        self.seed, self.parts = seed, parts
+        state, first, path = state.float().cpu(), sigmas[:1].float().cpu(), noise_path(model_sampling)
+        if path.preserving:
+            logger.warning(
+                "this MODEL samples in coordinates of its own, which the host's euler does not keep to: connect the "
+                "NOISE to SamplerCustomAdvanced with VOIDSampler, or the LATENT with Masked Sampler"
+            )
+            self.noise = path.shown(state, first)
+            return
         wrap = SimpleNamespace(inner_model=SimpleNamespace(model_sampling=model_sampling))
         full = comfy.samplers.Sampler().max_denoise(wrap, sigmas)
         one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-        self.seed, self.parts = seed, parts
-        self.noise = state.float().cpu() / float(
-            model_sampling.noise_scaling(sigmas[:1].float().cpu(), one, zero, full)
-        )
+        self.noise = state / float(model_sampling.noise_scaling(first, one, zero, full))
 
     def generate_noise(self, latent: dict[str, Any]) -> Tensor:
         if self.parts > 1:

@@ -23,7 +23,7 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...pipelines.denoiser import COSMOS, EDM, EPS, FLOW, NoisePath
+from ...pipelines.denoiser import COSMOS, DDPM, EDM, EPS, FLOW, NoisePath
 from ...pipelines.fingerprint import Fingerprint, fingerprint
 from ...pipelines.videoshop.denoising import frame_guidance, guided, sample_euler
 from ...pipelines.videoshop.inversion import FLOW_END, Inversion, sample_edm_inversion
@@ -37,13 +37,14 @@ Step = dict[str, Any]  # what a sampler of `pipelines` tells after each step
 def noise_path(model_sampling: torch.nn.Module) -> NoisePath:
     """How the model mixes signal and noise, told by how its `model_sampling` makes a denoised estimate.
 
-    ValueError for every other kind: CogVideoX and image-to-image models sample in other coordinates, distilled ones
-    (LCM) mix the input in.
+    ValueError for every other kind: image-to-image models have no noise, distilled ones (LCM) mix the input in.
     """
     classes, own = comfy.model_sampling, type(model_sampling).calculate_denoised
     if own in (classes.EDM.calculate_denoised, classes.V_PREDICTION.calculate_denoised):  # alike but for the sign of F
         return EDM(float(model_sampling.sigma_data))
     known = {classes.EPS: EPS, classes.CONST: FLOW, classes.COSMOS_RFLOW: COSMOS}
+    if hasattr(classes, "V_PREDICTION_DDPM"):  # CogVideoX, which older hosts do not have
+        known[classes.V_PREDICTION_DDPM] = DDPM
     for kind, path in known.items():
         if own is kind.calculate_denoised:
             return path
@@ -51,8 +52,8 @@ def noise_path(model_sampling: torch.nn.Module) -> NoisePath:
     mixed, *bases = (base for base in type(model_sampling).__mro__ if hasattr(base, "calculate_denoised"))
     kind = mixed if "calculate_denoised" in vars(mixed) else bases[0]
     raise ValueError(
-        f"this model samples as {kind.__name__}, which Rewind cannot use yet (CogVideoX, image-to-image and distilled "
-        "models): use a model of another family, such as Stable Video Diffusion, Stable Diffusion or Wan"
+        f"this model samples as {kind.__name__}, which Rewind cannot use (image-to-image and distilled models): use a "
+        "model of another family, such as Stable Video Diffusion, Stable Diffusion or Wan"
     )
 
 
@@ -82,8 +83,15 @@ class DirectSampler(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         if denoise_mask is not None:
+            # Wan 2.2 TI2V and LTXV hand it to the network, which then takes those frames for clean at every level.
+            if any("denoise_mask" in cond["model_conds"] for conds in model_wrap.conds.values() for cond in conds):
+                raise ValueError(
+                    "the LATENT has a noise_mask, by which this MODEL takes frames for clean that are noise here: "
+                    "connect the latent of VAE Encode, or use EDM Inversion, which leaves the mask out"
+                )
             logger.warning("the noise_mask in the LATENT is not applied: the whole clip is inverted")
         model_sampling = model_wrap.inner_model.model_sampling
+        path = noise_path(model_sampling)
         options = extra_args.get("model_options", {})
         # At guidance 1 the host leaves out the negative side, and a guidance function such as VideoLinearCFGGuidance's
         # would mix its zeros in. (A guider with a prediction of its own, DualCFGGuider, has other guidance than `cfg`.)
@@ -94,7 +102,7 @@ class DirectSampler(comfy.samplers.Sampler):
         def denoiser(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
             # The progress bar asks too, but not at every call.
             comfy.model_management.throw_exception_if_processing_interrupted()
-            return model_wrap(x, sigma, **kwargs)
+            return model_wrap(path.shown(x, sigma), sigma, **kwargs)
 
         def report(step: Step) -> None:
             if self.on_step is not None:
@@ -107,7 +115,7 @@ class DirectSampler(comfy.samplers.Sampler):
             latent_image,
             schedule(sigmas, model_sampling),
             noise=noise,
-            path=noise_path(model_sampling),
+            path=path,
             extra_args=extra_args,
             callback=report,
         )
@@ -344,6 +352,8 @@ def check_conditioning(model: Any, conditioning: list, samples: Tensor, name: st
         image = extra.get("concat_latent_image")
         if with_frame and image is None:
             raise ValueError(f"{name} holds no first frame: connect Videoshop Conditioning or SVD_img2vid_Conditioning")
+        if image is None and is_wan_image_to_video(model):
+            raise ValueError(f"{name} holds no first frame: connect WanImageToVideo with a start_image")
         if svd and not with_frame and image is not None:
             raise ValueError(f"{name} holds a first frame, but a text alone tells this MODEL: connect CLIP Text Encode")
         if isinstance(image, Tensor) and not torch.isfinite(image).all():
@@ -353,6 +363,12 @@ def check_conditioning(model: Any, conditioning: list, samples: Tensor, name: st
             raise ValueError(
                 f"{name} was made for {8 * w} x {8 * h} pixels, the clip is {8 * width} x {8 * height}: "
                 "use the same width and height for both"
+            )
+        if image is not None and is_wan_image_to_video(model) and image.shape[2:] != samples.shape[2:]:
+            given, wanted = ((8 * w, 8 * h, 4 * t - 3) for t, h, w in (image.shape[2:], samples.shape[2:]))
+            raise ValueError(
+                "{} was made for {} x {} pixels and {} frames, the clip is {} x {} with {} frames: use the same width, "
+                "height and length for both".format(name, *given, *wanted)
             )
 
 
@@ -371,6 +387,12 @@ def check_embeddings(conditioning: list, name: str, width: int | None, source: s
 def is_svd(model: Any) -> bool:
     """Whether a MODEL is Stable Video Diffusion or of its kind."""
     return isinstance(model.model, comfy.model_base.SVD_img2vid)
+
+
+def is_wan_image_to_video(model: Any) -> bool:
+    """Whether a MODEL is Wan's image-to-video: beside the clip's 16 channels it takes a mask's 4 and a picture's 16."""
+    own = type(model.model) is comfy.model_base.WAN21
+    return own and model.model.diffusion_model.patch_embedding.in_channels == 36
 
 
 def takes_first_frame(model: Any) -> bool:

@@ -183,7 +183,7 @@ def _settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _path(value: dict[str, Any]) -> NoisePath:
     path = NoisePath(**value)
-    if path.kind not in ("ve", "flow") or type(path.rectified) is not bool:
+    if path.kind not in ("ve", "flow") or not all(type(flag) is bool for flag in (path.rectified, path.preserving)):
         raise ValueError("its noise path is of no known kind")
     if path.sigma_data is not None and not _number(path.sigma_data) > 0:
         raise ValueError("its noise path is of no known kind")

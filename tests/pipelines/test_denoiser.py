@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rewind.pipelines.denoiser import COSMOS, EDM, EPS, FLOW, V, edm_scalings, karras_sigmas, truncate_sigmas
+from rewind.pipelines.denoiser import COSMOS, DDPM, EDM, EPS, FLOW, V, edm_scalings, karras_sigmas, truncate_sigmas
 
 # 25 Karras steps of Stable Video Diffusion, as printed by the authors' scheduler, lowest first.
 SVD_LEVELS = (0.002, 0.0079, 0.0248, 0.0664, 0.157, 0.339, 0.678, 1.273, 2.269, 3.870, 6.354, 10.10, 15.59, 23.5, 34.5)
@@ -29,6 +29,18 @@ def test_c_skip():
     assert V.c_skip(3.0) == pytest.approx(0.1)
     assert EDM(0.5).c_skip(1.5) == pytest.approx(0.1)
     assert COSMOS.c_skip(3.0) == pytest.approx(0.25) and COSMOS.signal(3.0) == 1
+
+
+def test_in_vp_coordinates_a_denoiser_is_shown_the_clip_scaled_down():
+    """x = alpha x0 + sqrt(1 - alpha^2) n, the form of DDPM, is VE's x0 + sigma n times alpha; others see x itself."""
+    generator = torch.Generator().manual_seed(0)
+    x0, n = (torch.randn(2, 3, 4, 5, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    alpha = torch.tensor([0.9, 1e-3], dtype=torch.float64)
+    sigma, wide = torch.sqrt(1 - alpha**2) / alpha, alpha.view(-1, 1, 1, 1, 1)
+    x = x0 + sigma.view_as(wide) * n
+    torch.testing.assert_close(DDPM.shown(x, sigma), wide * x0 + torch.sqrt(1 - wide**2) * n)
+    assert all(path.shown(x, sigma) is x for path in (EPS, V, FLOW, COSMOS))
+    assert DDPM.c_skip(3.0) == V.c_skip(3.0) and DDPM.signal(3.0) == 1
 
 
 def test_the_scalings_keep_unit_variance():

@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 if TYPE_CHECKING:
     from comfy_host import Server
@@ -31,3 +32,10 @@ def frames(server: Server, history: dict, node: str) -> torch.Tensor:
         data = server.get_bytes("/view?" + urlencode({key: entry[key] for key in ("filename", "subfolder", "type")}))
         pictures.append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float32) / 255)
     return torch.from_numpy(np.stack(pictures))
+
+
+def saved_latent(server: Server, history: dict, node: str) -> torch.Tensor:
+    """What a SaveLatent node wrote."""
+    (entry,) = history["outputs"][node]["latents"]
+    folder = server.base / "output" / entry["subfolder"]
+    return load_file(folder / entry["filename"])["latent_tensor"]

@@ -192,15 +192,21 @@ def wan(host: Any) -> Any:
     return _randomised(settings, 3, 0.3, lambda network: network.head.head, 0.05)
 
 
-def wan_vae() -> Any:
-    """A VAE of the host's Wan 2.1 class: 4 n + 1 frames into n + 1 latents of 16 channels."""
+def wan_vae_weights() -> dict[str, torch.Tensor]:
+    """Random weights of the host's Wan 2.1 VAE: 4 n + 1 frames into n + 1 latents of 16 channels."""
     import comfy.ldm.wan.vae
-    import comfy.sd
 
     widths = {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "dropout": 0.0}
     network = comfy.ldm.wan.vae.WanVAE(**widths, temperal_downsample=[False, True, True])
     randomise(network, 7, 1.0, network.conv2, 1.0)
-    return comfy.sd.VAE(sd=network.state_dict())
+    return network.state_dict()
+
+
+def wan_vae() -> Any:
+    """A VAE of those weights."""
+    import comfy.sd
+
+    return comfy.sd.VAE(sd=wan_vae_weights())
 
 
 def ltxv(host: Any) -> Any:
@@ -220,34 +226,35 @@ def ltxv(host: Any) -> Any:
     return _randomised(settings, 4, 0.3, lambda network: network.proj_out, 0.15)
 
 
+HUNYUAN = {
+    "image_model": "hunyuan_video",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "vec_in_dim": 768,
+    "axes_dim": [16, 56, 56],
+    "context_in_dim": 64,
+    "hidden_size": 128,
+    "mlp_ratio": 4.0,
+    "num_heads": 1,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "theta": 256,
+    "qkv_bias": True,
+    "guidance_embed": False,
+    "byt5": False,
+    "meanflow": False,
+    "use_cond_type_embedding": False,
+    "vision_in_dim": None,
+    "meanflow_sum": False,
+}
+
+
 def hunyuan(host: Any) -> Any:
     """A MODEL of the host's HunyuanVideo class (rectified flow, 5-D latents, text joined to the picture's tokens)."""
     import comfy.supported_models
 
-    settings = comfy.supported_models.HunyuanVideo(
-        {
-            "image_model": "hunyuan_video",
-            "in_channels": 16,
-            "out_channels": 16,
-            "patch_size": [1, 2, 2],
-            "vec_in_dim": 768,
-            "axes_dim": [16, 56, 56],
-            "context_in_dim": 64,
-            "hidden_size": 128,
-            "mlp_ratio": 4.0,
-            "num_heads": 1,
-            "depth": 1,
-            "depth_single_blocks": 1,
-            "theta": 256,
-            "qkv_bias": True,
-            "guidance_embed": False,
-            "byt5": False,
-            "meanflow": False,
-            "use_cond_type_embedding": False,
-            "vision_in_dim": None,
-            "meanflow_sum": False,
-        }
-    )
+    settings = comfy.supported_models.HunyuanVideo(HUNYUAN)
     return _randomised(settings, 6, 0.3, lambda network: network.final_layer.linear, 0.05)
 
 
