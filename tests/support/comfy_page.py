@@ -65,7 +65,12 @@ def prepare_user(base: Path, **settings: Any) -> None:
     (user / "comfy.settings.json").write_text(json.dumps({**SETTINGS, **settings}))
 
 
-MODEL_FOLDERS = {"UNETLoader": "diffusion_models", "CLIPLoader": "text_encoders", "VAELoader": "vae"}
+MODEL_FOLDERS = {
+    "UNETLoader": "diffusion_models",
+    "CLIPLoader": "text_encoders",
+    "CLIPVisionLoader": "clip_vision",
+    "VAELoader": "vae",
+}
 
 
 def give_files(base: Path, workflows: Iterable[Path]) -> None:
