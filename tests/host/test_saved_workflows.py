@@ -23,6 +23,7 @@ MODELS = {
     ("CheckpointLoaderSimple", "ckpt_name"): "checkpoints",
     ("UNETLoader", "unet_name"): "diffusion_models",
     ("CLIPLoader", "clip_name"): "text_encoders",
+    ("CLIPVisionLoader", "clip_name"): "clip_vision",
     ("VAELoader", "vae_name"): "vae",
 }
 UPLOADS = ("image_upload", "video_upload", "audio_upload")
