@@ -9,26 +9,10 @@ import pytest
 import tiny_models
 import torch
 from graph import to_api
-from results import frames, node_of
+from masks import hard_mask, outside
+from results import frames, node_of, saved_latent
 
 STEPS = 4
-FAMILIES = {"svd": "karras", "sd15": "karras", "wan": "simple"}
-
-
-def hard_mask(frames, height=64, width=64):
-    """A square that moves 8 pixels a frame, and so touches other latents in each."""
-    mask = torch.zeros(frames, height, width)
-    for frame in range(frames):
-        mask[frame, 19:35, 3 + 8 * frame : 12 + 8 * frame] = 1
-    return mask
-
-
-def outside(host, mask, shape):
-    """Where no masked pixel lies, as booleans of a latent's shape."""
-    latent_mask = host.module("pipelines.videoshop.masks").latent_mask
-    found = (latent_mask(mask, shape) == 0).expand(shape)
-    assert 0.3 < found.float().mean() < 0.95
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -151,35 +135,6 @@ def play(host, model, positive, sampler, latent, sigmas):
         "SamplerCustomAdvanced", noise=none, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent
     )
     return result
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_sampler_serves_every_family(host, family):
-    made, latent = getattr(tiny_models, family)(host), tiny_models.latent(family)
-    shape = latent["samples"].shape
-    if family == "wan":  # 9 frames are 3 latents
-        mask = hard_mask(9)[:, :, :64]
-        mask[:, :, 40:] = 0
-    else:
-        mask = hard_mask(shape[0])
-    inverted, sigmas, _, inversion = host.run_node(
-        "RewindEDMInversion",
-        model=made,
-        positive=tiny_models.conditioning(family),
-        latent=latent,
-        sigmas=tiny_models.sigmas(made, STEPS, FAMILIES[family]),
-        strength=0.75,
-    )
-    (sampler,) = host.run_node("RewindMaskedSampler", inversion=inversion, mask=mask)
-    positive = tiny_models.conditioning(family, seed=1)
-    played = [play(host, made, positive, sampler, inverted, sigmas) for _ in range(2)]
-    assert torch.equal(played[0]["samples"], played[1]["samples"]), "a sampler that is used twice keeps nothing"
-    kept = outside(host, mask, shape)
-    torch.testing.assert_close(played[0]["samples"][kept], latent["samples"][kept], rtol=1e-4, atol=1e-4)
-    (final,) = host.run_node("RewindSourceComposite", latent=played[0], source=latent, mask=mask)
-    assert torch.equal(final["samples"][kept], latent["samples"][kept])
-    assert torch.equal(final["samples"][~kept], played[0]["samples"][~kept])
-    assert float((final["samples"] - latent["samples"])[~kept].abs().mean()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["off", "channel"])
@@ -365,14 +320,6 @@ def test_cancel_stops_between_two_frames(host, clip, monkeypatch):
 
 def read(name):
     return json.loads((comfy_host.ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def saved_latent(server, history, number):
-    import safetensors.torch
-
-    (entry,) = history["outputs"][number]["latents"]
-    folder = server.base / "output" / entry["subfolder"]
-    return safetensors.torch.load_file(folder / entry["filename"])["latent_tensor"]
 
 
 def prepared(server, name):
