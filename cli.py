@@ -124,7 +124,7 @@ def benchmark_ei2(args: argparse.Namespace, common: dict[str, Any]) -> int:
 
 def run_benchmark(args: argparse.Namespace) -> int:
     """`rewind benchmark`."""
-    from .benchmarks import chunks, cost, local, long, model, round_trip, sweep, videoshop
+    from .benchmarks import chunks, cost, local, long, model, round_trip, stronger, sweep, videoshop
 
     if args.clips is not None and args.clips < 2:
         raise ValueError(f"got --clips {args.clips}; a spread needs at least 2")
@@ -136,8 +136,9 @@ def run_benchmark(args: argparse.Namespace) -> int:
         return benchmark_dreamix(args, common)
     if args.what == "ei2":
         return benchmark_ei2(args, common)
-    if args.what == "local":
-        local.main(args.clips or local.CLIPS, args.seeds or "test", args.kinds or EDITS, **common)
+    if args.what in ("local", "stronger"):
+        chosen = local if args.what == "local" else stronger
+        chosen.main(args.clips or chosen.CLIPS, args.seeds or "test", args.kinds or EDITS, **common)
         return 0
     if args.what == "long":
         long.main(args.clips or long.CLIPS, args.seeds or "test", args.kinds or long.KINDS, **common)
@@ -171,18 +172,19 @@ class Parser(argparse.ArgumentParser):
 
 def add_benchmark(commands: Any) -> None:
     bench = commands.add_parser("benchmark", help="measure against the synthetic world's known answers")
-    bench.add_argument("what", choices=("model", "videoshop", "local", "long", "chunks", "dreamix", "ei2", "cost"))
+    kinds = ("model", "videoshop", "local", "long", "stronger", "chunks", "dreamix", "ei2", "cost")
+    bench.add_argument("what", choices=kinds)
     bench.add_argument(
         "--clips",
         type=int,
-        help="default: model 64, videoshop 32 (round trip, local 16), sweep, long, chunks 8, dreamix 10, ei2 8",
+        help="default: model 64, videoshop 32 (round trip, local, stronger 16), sweep, long, chunks, ei2 8, dreamix 10",
     )
     bench.add_argument("--seeds", choices=("validation", "test"), help="default: test, of a sweep validation")
     bench.add_argument(
         "--kinds",
         nargs="+",
         choices=EDITS,
-        help="videoshop, local, long: kinds of edit (default: all; a sweep: two, long: three)",
+        help="videoshop, local, stronger, long: kinds of edit (default: all; a sweep: two, long: three)",
     )
     bench.add_argument("--in-turn", action="store_true", help="videoshop: one kind a clip, a sixth of the time")
     bench.add_argument("--only", choices=("edits", "round-trip"), help="videoshop: one part")
