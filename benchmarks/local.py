@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,9 +62,19 @@ class Job:
     settings: VideoshopSettings = DEFAULT
 
 
+def mask_of(chosen: Example) -> Tensor:
+    """The mask that a user would make of an edit, [T, H, W]: one too faint for the default threshold gets half its own.
+
+    That is a background of nearly the old one's colours.
+    """
+    most = float((chosen.edited_frame - chosen.source[0]).abs().max())
+    own = DEFAULT_MASK if most > DEFAULT_MASK.threshold else replace(DEFAULT_MASK, threshold=most / 2)
+    return edit_mask(chosen.source, chosen.edited_frame, own)
+
+
 def make_masks(chosen: Example) -> dict[tuple[str, int], Tensor]:
     """The masks of an edit by their origin and feather, [T, H, W]: the truth's, and the one made of the difference."""
-    propagated = edit_mask(chosen.source, chosen.edited_frame)
+    propagated = mask_of(chosen)
     hard = {"true": chosen.region, "propagated": propagated}
     return {(name, feather): soften(mask, 0, feather) for name, mask in hard.items() for feather in (0, FEATHER)}
 

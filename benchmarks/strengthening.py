@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..demo.clip import Example
 from ..pipelines.videoshop.inversion import Denoiser, Inversion
-from ..pipelines.videoshop.masks import DEFAULT_MASK, edit_mask, latent_mask
+from ..pipelines.videoshop.masks import latent_mask
 from ..pipelines.videoshop.pipeline import VideoshopPipeline
 from ..pipelines.videoshop.settings import DEFAULT, VideoshopSettings
+from .local import mask_of
 
 Way = Literal[
     "plain",
@@ -117,16 +118,6 @@ def renormalised(inversion: Inversion, clean: Tensor, over: Literal["channel", "
 
 
 # --- one edit ---------------------------------------------------------------------------------------------------------
-
-
-def mask_of(chosen: Example) -> Tensor:
-    """The mask that a user would make of an edit, [T, H, W]: one too faint for the default threshold gets half its own.
-
-    That is a background of nearly the old one's colours.
-    """
-    most = float((chosen.edited_frame - chosen.source[0]).abs().max())
-    own = DEFAULT_MASK if most > DEFAULT_MASK.threshold else replace(DEFAULT_MASK, threshold=most / 2)
-    return edit_mask(chosen.source, chosen.edited_frame, own)
 
 
 def not_inverted(pipeline: VideoshopPipeline, source: Tensor, settings: VideoshopSettings, seed: int) -> Inversion:

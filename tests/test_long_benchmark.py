@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -104,7 +105,10 @@ def test_a_known_error_is_measured_at_the_joins(chosen):
 
 
 def test_everything_is_measured_and_written(pipeline, tmp_path, capsys, monkeypatch):
-    taken = {name: {"before": 10.0, "peak": 10.0 + 5 * number} for number, name in enumerate(long.MEMORY, 1)}
+    taken = {
+        name: {part: {"before": 10.0, "peak": 10.0 + 5 * number * size} for size, part in enumerate(long.PARTS, 1)}
+        for number, name in enumerate(long.MEMORY, 1)
+    }
     monkeypatch.setattr(long, "measure_memory", lambda load: taken)
     monkeypatch.setattr(long, "edited", lambda model, job, chosen: [(c.target, 13) for c in chosen])
     records = long.main(2, "validation", ("recolour", "background"), 1, tmp_path, lambda: pipeline, QUICK)
@@ -112,7 +116,7 @@ def test_everything_is_measured_and_written(pipeline, tmp_path, capsys, monkeypa
     text = (tmp_path / "long.md").read_text()
     assert text in capsys.readouterr().out
     assert "2 clips of validation seeds, edits recolour, background" in text
-    assert "| 8 frames at once: one window | 5 | 1.00 |" in text and "| 10 | 2.00 |" in text
+    assert "| 8 frames at once: one window | 5 | 1.00 | 10 | 1.00 |" in text and "| 10 | 2.00 | 20 | 2.00 |" in text
     assert text.count("inside the noise") == len(long.WAYS) - 1, "all are right here"
     assert len(json.loads((tmp_path / "long.json").read_text())["records"]) == len(records)
 
@@ -121,7 +125,15 @@ def test_everything_is_measured_and_written(pipeline, tmp_path, capsys, monkeypa
 def test_memory_is_measured_in_processes_of_their_own():
     found = long.measure_memory(tiny_pipeline)
     assert list(found) == list(long.MEMORY)
-    assert all(value["peak"] >= value["before"] > 0 for value in found.values())
+    for own in found.values():
+        assert list(own) == list(long.PARTS) and all(one["peak"] >= one["before"] > 0 for one in own.values())
+    assert long.THRESHOLD not in os.environ
+
+
+def test_without_the_vae_the_network_is_what_is_left(pipeline):
+    bare = VideoshopPipeline(pipeline.unet, long.NoVae(), pipeline.image_encoder)
+    result = bare(torch.rand(4, 3, 32, 48), torch.rand(3, 32, 48), QUICK, progress=False)
+    assert result.frames.shape == (4, 3, 32, 48) and result.latents.shape == (4, 4, 4, 6)
 
 
 def tiny_pipeline() -> VideoshopPipeline:
