@@ -13,7 +13,7 @@ from rewind import cli
 from rewind.benchmarks import local
 from rewind.demo.clip import SEEDS, example
 from rewind.pipelines.evaluation.metrics import PSNR_CAP
-from rewind.pipelines.videoshop.masks import latent_mask
+from rewind.pipelines.videoshop.masks import DEFAULT_MASK, edit_mask, latent_mask
 from rewind.pipelines.videoshop.settings import DEFAULT
 
 SEED = SEEDS["validation"]
@@ -61,6 +61,16 @@ def test_the_seam_is_looked_for_where_the_source_begins():
     patches = local.edge(row["true mask"], hard, shape)
     assert torch.equal(patches[:, ::8, ::8], latent_mask(hard, shape)[:, 0]) and (patches >= hard).all()
     assert patches.unfold(1, 8, 8).unfold(2, 8, 8).flatten(3).std(-1).max() == 0
+
+
+def test_an_edit_too_faint_for_the_default_threshold_has_a_mask_too():
+    chosen = example(SEED)
+    faint = replace(chosen, target=chosen.source + 0.05 * chosen.region[:, None])
+    assert float((faint.edited_frame - faint.source[0]).abs().max()) < DEFAULT_MASK.threshold
+    with pytest.raises(ValueError, match="lower it"):
+        edit_mask(faint.source, faint.edited_frame)
+    first = local.mask_of(faint)[0]
+    assert (first[chosen.region[0] == 1] == 1).all() and 0 < first.mean() < 0.9
 
 
 def test_masks_are_the_truths_and_the_edits():
