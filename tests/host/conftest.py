@@ -8,6 +8,7 @@ scope: they take the fixture `host` or `server`, or import inside the test.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> comfy_host.Host:
     booted.loaded = booted.load_pack()
     booted.state_after = host_state.snapshot(booted.path)
     return booted
+
+
+@pytest.fixture(scope="module", autouse=True)
+def inversions_taken_away() -> Iterator[None]:
+    """What a module saved in models/inversions: other modules read the list of files there as a node's choices."""
+    yield
+    if "folder_paths" in sys.modules:
+        import folder_paths
+
+        if "inversions" in folder_paths.folder_names_and_paths:
+            for file in Path(folder_paths.get_folder_paths("inversions")[0]).rglob("*.safetensors"):
+                file.unlink()
+            folder_paths.filename_list_cache.clear()
 
 
 @pytest.fixture(scope="session")
