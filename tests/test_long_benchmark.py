@@ -123,7 +123,7 @@ def test_everything_is_measured_and_written(pipeline, tmp_path, capsys, monkeypa
 
 @pytest.mark.slow
 def test_memory_is_measured_in_processes_of_their_own():
-    found = long.measure_memory(tiny_pipeline)
+    found = long.measure_memory(tiny_svd.pipeline)
     assert list(found) == list(long.MEMORY)
     for own in found.values():
         assert list(own) == list(long.PARTS) and all(one["peak"] >= one["before"] > 0 for one in own.values())
@@ -134,10 +134,6 @@ def test_without_the_vae_the_network_is_what_is_left(pipeline):
     bare = VideoshopPipeline(pipeline.unet, long.NoVae(), pipeline.image_encoder)
     result = bare(torch.rand(4, 3, 32, 48), torch.rand(3, 32, 48), QUICK, progress=False)
     assert result.frames.shape == (4, 3, 32, 48) and result.latents.shape == (4, 4, 4, 6)
-
-
-def tiny_pipeline() -> VideoshopPipeline:
-    return VideoshopPipeline(*tiny_svd.components())
 
 
 def test_the_command_passes_its_options(monkeypatch, tmp_path):

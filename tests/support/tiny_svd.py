@@ -50,3 +50,10 @@ def components(strength: float = 1.0, seed: int = 0) -> tuple[torch.nn.Module, .
 def video(seed: int = 3) -> torch.Tensor:
     """A random clip [FRAMES, 3, HEIGHT, WIDTH] in 0..1."""
     return torch.rand(FRAMES, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def pipeline():
+    """The components as a VideoshopPipeline; here, so that new processes can import it too."""
+    from rewind.pipelines.videoshop.pipeline import VideoshopPipeline
+
+    return VideoshopPipeline(*components())
