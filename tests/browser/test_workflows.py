@@ -137,7 +137,12 @@ def test_a_png_and_a_video_open_the_graph_that_made_them(page, server, ran):
         page.drop(f"dropped{suffix}", server.get_bytes(f"/view?{place}"), kind)
         opened = page.saved()
         assert wiring(opened) == wiring(graph)
-        assert settings(opened) == settings(graph)
+        # A page as old as 0.7.0's saves what a node SHOWS, its costs, behind its values; opened, they are left out.
+        shown = {
+            number: [v for v in values if "as ComfyUI reckons" not in str(v)]
+            for number, values in settings(graph).items()
+        }
+        assert settings(opened) == shown
         assert 3 in next(node["widgets_values"] for node in opened["nodes"] if node["type"] == "BasicScheduler")
 
 
