@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..demo import world as W
 from ..demo.clip import SEEDS, world_of
-from ..pipelines.chunks import decode_in_chunks, spans
+from ..pipelines.chunks import decode_in_chunks, decoder, spans
 from ..pipelines.evaluation.metrics import psnr
 from ..pipelines.videoshop.pipeline import VideoshopPipeline
 from . import runner
@@ -52,10 +52,7 @@ def work(pipeline: VideoshopPipeline, seed: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     source = W.render(W.sample(1, generator, WORLD, "unpredictable", editable=True))[0][0]
     z = pipeline.encode(source) / pipeline.scaling_factor
-
-    def decode(part: Tensor) -> Tensor:
-        return (pipeline.vae.decode(part, num_frames=len(part)).sample.float() / 2 + 0.5).clamp(0, 1)
-
+    decode = decoder(pipeline.vae)
     whole = decode(z).cpu()
     records = []
     for chunk, overlaps in CHUNKS.items():

@@ -9,6 +9,7 @@ other (ours).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,19 @@ def spans(frames: int, chunk: int, overlap: int) -> list[tuple[int, int]]:
     count = -(-(frames - overlap) // (chunk - overlap))
     starts = [i * (frames - overlap) // count for i in range(count + 1)]
     return [(start, end + overlap) for start, end in zip(starts, starts[1:])]
+
+
+def decoder(vae: Any, temporal: bool = True) -> Callable[[Tensor], Tensor]:
+    """What a VAE of diffusers' makes of unscaled latents [n, 4, h, w]: frames [n, 3, H, W] in 0..1, in float32.
+
+    temporal: its decoder takes them for one clip, and must be told how many there are.
+    """
+
+    def decoded(part: Tensor) -> Tensor:
+        told = {"num_frames": len(part)} if temporal else {}
+        return (vae.decode(part, **told).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    return decoded
 
 
 def decode_in_chunks(

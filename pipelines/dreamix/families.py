@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..chunks import decode_in_chunks
+from ..chunks import decode_in_chunks, decoder
 from ..denoiser import FLOW, discrete_denoised, edm_scalings
 from ..families import DiscreteFamily, Family
 
@@ -30,12 +30,8 @@ class TextSVD(Family):
 
     def decode(self, clip: Tensor) -> Tensor:
         z = (clip / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
-
-        def decoded(part: Tensor) -> Tensor:
-            return (self.vae.decode(part, num_frames=len(part)).sample.float() / 2 + 0.5).clamp(0, 1)
-
         with torch.no_grad():
-            return decode_in_chunks(decoded, z, self.chunk)
+            return decode_in_chunks(decoder(self.vae), z, self.chunk)
 
     def denoise(self, x: Tensor, sigma: Tensor, context: Tensor, as_pictures: bool = False) -> Tensor:
         batch = (

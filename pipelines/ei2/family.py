@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunks import decode_in_chunks
+from ..chunks import decode_in_chunks, decoder
 from ..denoiser import discrete_denoised
 from ..families import DiscreteFamily
 
@@ -30,12 +30,7 @@ class TextToImage(DiscreteFamily):
         """Frames [T, 3, H, W] in 0..1, on the CPU, of a clip."""
         temporal = "num_frames" in inspect.signature(self.vae.decode).parameters
         z = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
-
-        def decoded(part: Tensor) -> Tensor:
-            pixels = self.vae.decode(part, **({"num_frames": len(part)} if temporal else {})).sample.float()
-            return (pixels / 2 + 0.5).clamp(0, 1)
-
-        return decode_in_chunks(decoded, z, self.chunk, None if temporal else 0)
+        return decode_in_chunks(decoder(self.vae, temporal), z, self.chunk, None if temporal else 0)
 
     def denoise(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
         """The denoised estimate of x [T, 4, h, w] at levels [T]. context: [1 or T, length, width]."""

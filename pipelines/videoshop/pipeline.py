@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunks import decode_in_chunks
+from ..chunks import decode_in_chunks, decoder
 from ..denoiser import karras_sigmas
 from ..fingerprint import Fingerprint, fingerprint
 from ..video import check_frames, check_pixels
@@ -120,11 +120,7 @@ class VideoshopPipeline:
     def decode(self, latents: Tensor) -> Tensor:
         """The clip [T, 3, H, W] in 0..1, on the CPU, of latents [T, 4, h, w] in model space."""
         z = (latents / self.scaling_factor).to(self.device, self.vae.decoder.conv_in.weight.dtype)
-
-        def decoded(part: Tensor) -> Tensor:
-            return (self.vae.decode(part, num_frames=len(part)).sample.float() / 2 + 0.5).clamp(0, 1)
-
-        return decode_in_chunks(decoded, z, self.chunk)
+        return decode_in_chunks(decoder(self.vae), z, self.chunk)
 
     # --- conditions ---------------------------------------------------------------------------------------------------
 
