@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -20,14 +19,13 @@ from ..pipelines.videoshop.inversion_file import file_bytes, load_inversion, sav
 from ..pipelines.videoshop.parts import parts
 from ..pipelines.videoshop.settings import DEFAULT, PAPER, REFERENCE, VideoshopSettings
 from ..pipelines.videoshop.trajectory import DTYPES, trajectory_bytes
-from .files import check_output, choose_size, free_name, given, resized, say, tell_parts, tell_reading
+from .files import check_output, choose_size, free_name, given, resized, same_proportions, say, tell_parts, tell_reading
 from .masks import NONE, check_mask_options, make_mask
 
 if TYPE_CHECKING:
     from ..pipelines.videoshop.pipeline import VideoshopPipeline
 
 PRESETS = {"default": DEFAULT, "paper": PAPER, "reference": REFERENCE}
-SAME_PROPORTIONS = 0.02  # the edited frame's may differ by this share from the clip's
 OF_THE_INVERSION = ("preset", "steps", "strength", "refine", "motion_bucket", "frames_at_once", "seed", "trajectory")
 MOST_STEPS = 10_000  # of a schedule that a file asks for
 SAME_CLIP = 0.05  # latents of one clip differ by this share at most, on other devices and in other precisions
@@ -166,7 +164,7 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
     frames, height, width = len(read.frames), *read.frames.shape[2:]
     if frames < 2:
         raise ValueError(f"{args.clip} has one frame; a clip has at least 2")
-    if abs(math.log(edited.shape[2] / edited.shape[1] * height / width)) > SAME_PROPORTIONS:
+    if not same_proportions((edited.shape[2], edited.shape[1]), (width, height)):
         raise ValueError(
             f"the edited frame is {edited.shape[2]}x{edited.shape[1]} and the clip {width}x{height}: their proportions "
             "differ; edit the clip's own first frame without cropping it"

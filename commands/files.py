@@ -16,6 +16,7 @@ from torch import Tensor
 from ..pipelines.video import Clip, fit, nearest_size, read_video, write_video
 
 VIDEOS = (".mp4", ".mov", ".mkv")
+SAME_PROPORTIONS = 0.02  # those of an edited frame, or of a mask, may differ by this share from the clip's
 
 
 def say(text: str) -> None:
@@ -153,6 +154,11 @@ def tell_parts(frames: int, own: int, at_once: int) -> None:
             say(f"--frames-at-once {own} edits it in parts")
     elif at_once > own:
         say(f"{at_once} frames at once; the model was trained on {own}, more may look worse")
+
+
+def same_proportions(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes (width, height) have the same proportions, up to SAME_PROPORTIONS."""
+    return abs(math.log(one[0] / one[1] * other[1] / other[0])) <= SAME_PROPORTIONS
 
 
 def resized(name: str, images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 from torch import Tensor
 
 from ..pipelines.motion import Flow, load_raft, lucas_kanade
 from ..pipelines.video import fit, read_image, read_video
-from ..pipelines.videoshop.masks import DEFAULT_MASK, SAME_PROPORTIONS, MaskSettings, edit_mask, soften
-from .files import VIDEOS, say
+from ..pipelines.videoshop.masks import DEFAULT_MASK, MaskSettings, edit_mask, soften
+from .files import VIDEOS, same_proportions, say
 
 NONE, AUTO = "none", "auto"
 OPTIONS = ("mask_threshold", "mask_grow", "mask_feather", "flow_weights")
@@ -52,7 +51,7 @@ def read_mask(path: Path, frames: int, fps: int | None, size: tuple[int, int], o
     if video and len(pixels) != frames:
         raise ValueError(f"the mask {path} has {len(pixels)} frames, the clip {frames}; one for each is needed")
     height, width = pixels.shape[2:]
-    if abs(math.log(width / height * original[1] / original[0])) > SAME_PROPORTIONS:
+    if not same_proportions((width, height), original):
         raise ValueError(
             f"the mask {path} is {width}x{height} and the clip {original[0]}x{original[1]}: their proportions differ"
         )
