@@ -9,7 +9,6 @@ from comfy_api.latest import io
 from ..pipelines.evaluation.memory import in_words
 from ..pipelines.videoshop.inversion import Inversion
 from ..pipelines.videoshop.inversion_file import file_bytes, load_inversion, save_inversion
-from ..pipelines.videoshop.parts import parts_of
 from .host import costs, sampling
 from .host.files import INVERSIONS
 from .host.noise import InvertedNoise
@@ -96,11 +95,5 @@ class LoadInversion(io.ComfyNode):
         inversion = load_inversion(path)
         samples = sampling.state_of(model, inversion)
         costs.tell(cls.hidden.unique_id, "Load Inversion", _in_words(inversion))
-        noise = InvertedNoise(
-            inversion.latent,
-            model.get_model_object("model_sampling"),
-            inversion.sigmas,
-            inversion.settings.get("seed", 0),
-            len(parts_of(inversion)),
-        )
+        noise = InvertedNoise(inversion, model.get_model_object("model_sampling"))
         return io.NodeOutput({"samples": samples}, inversion.sigmas, noise, inversion)

@@ -265,7 +265,7 @@ class EDMInversion(io.ComfyNode):
         )
         # A mask would make the next sampler paste the inverted clip back; its normalisation is the inversion's now.
         kept = {name: value for name, value in latent.items() if name not in ("noise_mask", NORMALISATION, ORIGINAL)}
-        resume = InvertedNoise(inversion.latent, model_sampling, inversion.sigmas, seed, len(found))
+        resume = InvertedNoise(inversion, model_sampling)
         return io.NodeOutput({**kept, "samples": torch.cat(rewound)}, inversion.sigmas, resume, inversion)
 
 

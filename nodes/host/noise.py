@@ -10,6 +10,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ...pipelines.videoshop.inversion import Inversion
+from ...pipelines.videoshop.parts import parts_of
 from .sampling import noise_path
 
 logger = logging.getLogger(__name__)
@@ -30,12 +32,13 @@ class InvertedNoise:
 
     From an empty latent the host makes x = k noise, where k depends on the family and the first sigma; so the noise is
     x / k. CogVideoX alone comes back by the host's VOIDSampler, which keeps to VP coordinates and takes the noise as x.
-    parts: that the inversion was made in; the host's samplers know nothing of them.
+    An inversion in parts is refused when it is asked: the host's samplers know nothing of them.
     """
 
-    def __init__(self, state: Tensor, model_sampling: torch.nn.Module, sigmas: Tensor, seed: int, parts: int = 1):
-        self.seed, self.parts = seed, parts
-        state, first, path = state.float().cpu(), sigmas[:1].float().cpu(), noise_path(model_sampling)
+    def __init__(self, inversion: Inversion, model_sampling: torch.nn.Module):
+        self.seed, self.parts = inversion.settings.get("seed", 0), len(parts_of(inversion))
+        state, sigmas, path = inversion.latent.float().cpu(), inversion.sigmas, noise_path(model_sampling)
+        first = sigmas[:1].float().cpu()
         if path.preserving:
             logger.warning(
                 "this MODEL samples in coordinates of its own, which the host's euler does not keep to: connect the "

@@ -47,18 +47,16 @@ def play(
 ) -> Tensor:
     """An inversion played again, part by part: the clip in the VAE's space.
 
-    make_guider: of a part's condition and its frames. undo: the normalisation. region: of latents, outside which the
-    source comes back. following: [T, C, h, w] in the VAE's space, the frames that later parts are told of; None takes
-    what was played.
+    make_guider: of a part's condition and its frames. undo: the normalisation. region: [1 or T, 1, h, w] of latents,
+    outside which the source comes back. following: [T, C, h, w] in the VAE's space, the frames that later parts are
+    told of; None takes what was played.
     """
     found, played = parts_of(inversion), []
-    if region is not None and len(found) > 1:
+    if region is not None:
         region = region.expand(len(inversion.latent), -1, -1, -1)
     for number, (start, stop) in enumerate(found):
-        part, masked = part_of(inversion, number), region
-        if region is not None and len(found) > 1:
-            masked = region[start:stop]
-        told = positive
+        part, told = part_of(inversion, number), positive
+        masked = None if region is None else region[start:stop]
         if number:
             shared = (
                 _clean(model, inversion, played[-1], start, undo) if following is None else following[start : start + 1]
