@@ -136,12 +136,10 @@ def run_benchmark(args: argparse.Namespace) -> int:
         return benchmark_dreamix(args, common)
     if args.what == "ei2":
         return benchmark_ei2(args, common)
-    if args.what in ("local", "stronger"):
-        chosen = local if args.what == "local" else stronger
-        chosen.main(args.clips or chosen.CLIPS, args.seeds or "test", args.kinds or EDITS, **common)
-        return 0
-    if args.what == "long":
-        long.main(args.clips or long.CLIPS, args.seeds or "test", args.kinds or long.KINDS, **common)
+    by_kind = {"local": (local, EDITS), "stronger": (stronger, EDITS), "long": (long, long.KINDS)}
+    if args.what in by_kind:
+        chosen, kinds = by_kind[args.what]
+        chosen.main(args.clips or chosen.CLIPS, args.seeds or "test", args.kinds or kinds, **common)
         return 0
     if args.what == "chunks":
         chunks.main(args.clips or 8, args.seeds or "test", **common)

@@ -41,8 +41,7 @@ def load_inversion(studio: Studio) -> Any:
 def chunked_decode(studio: Studio) -> Any:
     import torch
 
-    world = studio.module("demo.world")
-    slow = world.World(frames=FRAMES, speed=(1.0, 2.0))
+    world, slow = studio.module("demo.world"), studio.module("demo.clip").world_of(FRAMES)
     scene = world.sample(1, torch.Generator().manual_seed(CLIP_SEED), slow, "unpredictable", editable=True)
     frames = world.render(scene)[0][0].movedim(1, -1).contiguous()
     latent = studio.run("VAEEncode", pixels=frames, vae=studio.vae)[0]

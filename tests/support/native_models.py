@@ -52,22 +52,6 @@ class Family:
     scheduler: str = "simple"
 
 
-WAN = {
-    "image_model": "wan2.1",
-    "model_type": "t2v",
-    "dim": 128,
-    "ffn_dim": 128,
-    "num_layers": 2,
-    "num_heads": 1,
-    "in_dim": 16,
-    "out_dim": 16,
-    "patch_size": (1, 2, 2),
-    "freq_dim": 256,
-    "window_size": (-1, -1),
-    "qk_norm": True,
-    "cross_attn_norm": True,
-    "eps": 1e-6,
-}
 UNET = {**tiny_models.SD15, "legacy": False, "use_temporal_attention": False, "use_temporal_resblock": False}
 SDXL = {**UNET, "use_linear_in_transformer": True, "adm_in_channels": 2816, "num_classes": "sequential"}
 COGVIDEOX = {
@@ -102,7 +86,7 @@ def _ltxv_text(generator: torch.Generator, frames: int) -> dict[str, Any]:
 def _wan(title: str, kind: str, **changes: Any) -> Family:
     own = {"gains": (0.3, 0.05), "shape": (1, 16, 3, 8, 8), "vae": ("TAEHV", 16), "extra": nothing}
     own |= {name: changes.pop(name) for name in own if name in changes}
-    return Family(title, kind, {**WAN, **changes}, lambda network: network.head.head, **own)
+    return Family(title, kind, {**tiny_models.WAN, **changes}, lambda network: network.head.head, **own)
 
 
 FAMILIES = {

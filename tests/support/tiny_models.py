@@ -166,29 +166,29 @@ def controlnet(host: Any) -> Any:
     return comfy.controlnet.ControlNet(network, load_device=management.get_torch_device())
 
 
+WAN = {
+    "image_model": "wan2.1",
+    "model_type": "t2v",
+    "dim": 128,
+    "ffn_dim": 128,
+    "num_layers": 2,
+    "num_heads": 1,
+    "in_dim": 16,
+    "out_dim": 16,
+    "patch_size": (1, 2, 2),
+    "freq_dim": 256,
+    "window_size": (-1, -1),
+    "qk_norm": True,
+    "cross_attn_norm": True,
+    "eps": 1e-6,
+}
+
+
 def wan(host: Any) -> Any:
     """A MODEL of the host's Wan 2.1 class (rectified flow, 5-D latents)."""
     import comfy.supported_models
 
-    settings = comfy.supported_models.WAN21_T2V(
-        {
-            "image_model": "wan2.1",
-            "model_type": "t2v",
-            "dim": 128,
-            "ffn_dim": 128,
-            "num_layers": 2,
-            "num_heads": 1,
-            "in_dim": 16,
-            "out_dim": 16,
-            "text_dim": 64,
-            "patch_size": (1, 2, 2),
-            "freq_dim": 256,
-            "window_size": (-1, -1),
-            "qk_norm": True,
-            "cross_attn_norm": True,
-            "eps": 1e-6,
-        }
-    )
+    settings = comfy.supported_models.WAN21_T2V({**WAN, "text_dim": 64})
     return _randomised(settings, 3, 0.3, lambda network: network.head.head, 0.05)
 
 
