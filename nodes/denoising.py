@@ -10,7 +10,7 @@ from torch import Tensor
 from ..pipelines.videoshop.inversion import Inversion
 from ..pipelines.videoshop.parts import Part, guidance_of, parts_of
 from ..pipelines.videoshop.settings import DEFAULT
-from .host import costs, parts, sampling
+from .host import checks, costs, parts, sampling
 from .host.schema import ADVANCED, InversionType, Schema
 from .preparation import CATEGORY, region
 
@@ -116,7 +116,7 @@ class SVDDenoise(io.ComfyNode):
         guidance_to: float = 1000.0,
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
-        if not sampling.is_svd(model):
+        if not checks.is_svd(model):
             raise ValueError(
                 f"this MODEL is {type(model.model).__name__}, not Stable Video Diffusion: for other models connect "
                 "the NOISE of the inversion to SamplerCustomAdvanced"
@@ -124,8 +124,8 @@ class SVDDenoise(io.ComfyNode):
         if guidance_from > guidance_to:
             raise ValueError(f"guidance_from ({guidance_from:g}) is above guidance_to ({guidance_to:g}): swap them")
         samples = sampling.state_of(model, inversion)
-        sampling.check_conditioning(model, positive, samples, "positive")
-        sampling.check_conditioning(model, negative, samples, "negative")
+        checks.check_conditioning(model, positive, samples, "positive")
+        checks.check_conditioning(model, negative, samples, "negative")
         masked = region(mask, samples.shape)
         if masked is not None and inversion.original is None:
             raise ValueError("the inversion does not hold the source's latent, which the mask is to keep: make it anew")

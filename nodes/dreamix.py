@@ -12,7 +12,7 @@ from ..pipelines.dreamix.coarse_video import EASINGS, FILLS, MOVES, View, coarse
 from ..pipelines.dreamix.corruption import TEMPORAL, degrade, sigmas_from
 from ..pipelines.dreamix.presets import PRESETS
 from ..pipelines.dreamix.prompts import PLACES, with_token
-from .host import sampling
+from .host import checks, sampling
 from .host.encoding import as_images, check_images, check_length, encode_clip
 from .host.schema import ADVANCED, Schema, show_text
 
@@ -244,7 +244,7 @@ class DreamixCorrupt(io.ComfyNode):
             )
         sigmas = sigmas_from(sampling.noise_levels(model, scheduler, steps), s, path)
         degraded = as_images(degrade(frames, factor, stride=stride, temporal=temporal))
-        samples = sampling.check_latent(model, {"samples": encode_clip(vae, degraded)})
+        samples = checks.check_latent(model, {"samples": encode_clip(vae, degraded)})
         # Of one level there is no step; the host's schedulers then give none, and its sampler the latent bit for bit.
         sigmas = sigmas if len(sigmas) > 1 else sigmas[:0]
         return io.NodeOutput(degraded, {"samples": torch.zeros_like(samples) if s == 1 else samples}, sigmas)

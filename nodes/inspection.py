@@ -13,7 +13,7 @@ from ..pipelines.videoshop.diagnostics import frame_errors, inverted_noise, nois
 from ..pipelines.videoshop.inversion import Inversion
 from ..pipelines.videoshop.parts import Part, parts_of
 from . import figures
-from .host import costs, parts, sampling
+from .host import checks, costs, parts, sampling
 from .host.encoding import decode_clip, frames_that_fit, sees_clips
 from .host.schema import InversionType, Schema
 from .preparation import CATEGORY, resized
@@ -82,7 +82,7 @@ class RoundTripCheck(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, positive: list, inversion: Inversion, vae: Any, clip: Tensor) -> io.NodeOutput:
         samples = sampling.state_of(model, inversion)
-        sampling.check_conditioning(model, positive, samples, "positive")
+        checks.check_conditioning(model, positive, samples, "positive")
         if inversion.source is None:
             raise ValueError(
                 "this inversion does not hold its source: make it with EDM Inversion with Noise Extrapolation"

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..pipelines.videoshop.latents import NORMALISATIONS, augment, normalise, rescale, whiten_condition
 from ..pipelines.videoshop.masks import latent_mask
 from ..pipelines.videoshop.settings import DEFAULT
-from .host import sampling
+from .host import checks
 from .host.encoding import check_images
 from .host.schema import ADVANCED, Schema
 
@@ -258,7 +258,7 @@ class LatentNormalize(io.ComfyNode):
     def execute(
         cls, model: Any, latent: dict[str, Any], kind: str, strength: float, mask: Tensor | None = None
     ) -> io.NodeOutput:
-        samples = sampling.check_latent(model, latent)
+        samples = checks.check_latent(model, latent)
         if latent.get(NORMALISATION) is not None:
             raise ValueError(
                 "this LATENT is normalised already: connect the VAE-encoded clip, and one Latent Normalize"

@@ -14,7 +14,7 @@ from ..pipelines.videoshop.inversion import GUESSES
 from ..pipelines.videoshop.parts import AT_ONCE, Recorder
 from ..pipelines.videoshop.settings import DEFAULT
 from ..pipelines.videoshop.trajectory import DTYPES
-from .host import costs, parts, sampling
+from .host import checks, costs, parts, sampling
 from .host.noise import InvertedNoise, random_direction
 from .host.schema import ADVANCED, InversionType, Schema
 from .preparation import CATEGORY, NORMALISATION, ORIGINAL
@@ -218,16 +218,16 @@ class EDMInversion(io.ComfyNode):
         trajectory_dtype: str = "float32",
         frames_at_once: int = 0,
     ) -> io.NodeOutput:
-        samples = sampling.check_latent(model, latent)
+        samples = checks.check_latent(model, latent)
         found = parts.check_parts(model, samples, frames_at_once)
         model_sampling = model.get_model_object("model_sampling")
         path = sampling.noise_path(model_sampling)
         sigmas = truncate_sigmas(sampling.schedule(sigmas, model_sampling), strength)
-        sampling.check_conditioning(model, positive, samples, "positive")
+        checks.check_conditioning(model, positive, samples, "positive")
         if cfg > 1 and negative is None:
             raise ValueError(f"cfg is {cfg:g} but negative is not connected: connect it, or set cfg to 1")
         if cfg > 1:
-            sampling.check_conditioning(model, negative, samples, "negative")
+            checks.check_conditioning(model, negative, samples, "negative")
         clean, normalisation = model.model.process_latent_in(samples.float().cpu()), latent.get(NORMALISATION)
         source = clean if normalisation is None else normalisation.undo(clean)
         if "noise_mask" in latent:

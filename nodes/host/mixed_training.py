@@ -18,8 +18,9 @@ from torch import Tensor
 from ...pipelines.dreamix.finetuning import FineTuning, Subject, Tuned, fine_tune
 from ...pipelines.dreamix.lora import to_host
 from ...pipelines.dreamix.temporal import architecture
+from .checks import check_conditioning, check_embeddings
 from .encoding import check_images, encode_clip
-from .sampling import check_conditioning, check_embeddings, noise_path
+from .sampling import noise_path
 from .training import (
     CORNER,
     CORNER_FRAMES,

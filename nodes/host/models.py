@@ -161,7 +161,7 @@ class PictureLatent(comfy.latent_formats.SD15):
 def build_model(weights: Weights, config: ImageToVideoConfig, by_text: bool = False) -> Any:
     """A MODEL of the host's SVD class from the UNet's weights in the checkpoint's names.
 
-    by_text: whether a text tells it what to show, instead of a first frame (see `sampling.takes_first_frame`). For a
+    by_text: whether a text tells it what to show, instead of a first frame (see `checks.takes_first_frame`). For a
     CONDITIONING without a first frame the host's class gives zeros in its place, as this model was trained.
     """
 

@@ -17,9 +17,10 @@ from ...pipelines.ei2.covariate_shift import Probe, Reading
 from ...pipelines.ei2.inflation import NO_TEMPORAL, Inflation, InflationSettings, architecture
 from ...pipelines.ei2.tuning import OneShot, Subject, one_shot_tune
 from ...pipelines.ei2.weights import EI2Weights
+from .checks import check_embeddings, check_latent
 from .encoding import check_images, encode_clip, is_video_vae
 from .patches import inflate, network_blocks, put_on, take_off
-from .sampling import DirectSampler, check_embeddings, check_latent, guider, noise_path, sample
+from .sampling import DirectSampler, guider, noise_path, sample
 from .training import (
     CORNER,
     CORNER_FRAMES,

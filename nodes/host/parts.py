@@ -13,7 +13,7 @@ from torch import Tensor
 from ...pipelines.videoshop.inversion import Inversion
 from ...pipelines.videoshop.masks import StoredSource, composite
 from ...pipelines.videoshop.parts import Part, normalisation_of, part_of, parts, parts_of
-from . import sampling
+from . import checks, sampling
 
 MakeGuider = Callable[[list, Part], comfy.samplers.CFGGuider]
 
@@ -22,7 +22,7 @@ def check_parts(model: Any, samples: Tensor, at_once: int) -> list[Part]:
     """The parts of a clip [T, C, h, w]; ValueError for a model that is not told of a first frame."""
     if not at_once:
         return [(0, len(samples))]
-    if not sampling.takes_first_frame(model):
+    if not checks.takes_first_frame(model):
         raise ValueError(
             f"frames_at_once is {at_once}, but this MODEL is not told of a first frame, by which a part goes on from "
             "another: set it to 0, and connect Context Windows (Manual) in front for clips that are too long"

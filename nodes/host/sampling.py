@@ -1,4 +1,4 @@
-"""One adapter between the host's sampling and the samplers of `pipelines`, and the checks that come before it.
+"""One adapter between the host's sampling and the samplers of `pipelines`.
 
 The host's CFGGuider loads the model, prepares the conditions, scales the latent to the model's space and back, and
 calls `sample` of a `comfy.samplers.Sampler`; LoRA, ControlNet, context windows, previews and Cancel all hang on that.
@@ -13,10 +13,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
-import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
@@ -27,6 +25,7 @@ from ...pipelines.denoiser import COSMOS, DDPM, EDM, EPS, FLOW, NoisePath
 from ...pipelines.fingerprint import Fingerprint, fingerprint
 from ...pipelines.videoshop.denoising import frame_guidance, guided, sample_euler
 from ...pipelines.videoshop.inversion import FLOW_END, Inversion, sample_edm_inversion
+from .checks import is_svd, latent_axes
 
 logger = logging.getLogger(__name__)
 
@@ -244,12 +243,6 @@ def guider(model: Any, positive: list, negative: list | None = None, cfg: float 
     return made
 
 
-def latent_axes(model: Any) -> tuple[int, int]:
-    """How many axes, and channels in the second one, the latents of a MODEL have."""
-    latent_format = model.get_model_object("latent_format")
-    return latent_format.latent_dimensions + 2, latent_format.latent_channels
-
-
 def model_fingerprint(model: Any) -> Fingerprint:
     """What tells a MODEL's own weights from others', without the patches on it (a LoRA), which the host puts in place
     while it is loaded."""
@@ -311,91 +304,3 @@ def schedule(sigmas: Tensor, model_sampling: torch.nn.Module) -> Tensor:
             "that is connected to the same MODEL (BasicScheduler), or set its sigma_max"
         )
     return sigmas
-
-
-def check_latent(model: Any, latent: dict[str, Any]) -> Tensor:
-    """The samples of a LATENT in the shape that the model takes; ValueError for what cannot be a clip of this model."""
-    samples = latent["samples"]
-    if getattr(samples, "is_nested", False):
-        raise ValueError(
-            "this LATENT holds several latents (video with audio): only plain video latents can be inverted"
-        )
-    if samples.numel() == 0:
-        raise ValueError(f"got a LATENT of shape {tuple(samples.shape)}: it holds no frames")
-    samples = comfy.sample.fix_empty_latent_channels(model, samples)
-    dimensions, channels = latent_axes(model)
-    if samples.ndim != dimensions or samples.shape[1] != channels:
-        raise ValueError(
-            f"got a LATENT of shape {tuple(samples.shape)}; this model takes {channels} channels in {dimensions} axes: "
-            "encode the clip with the VAE that belongs to the MODEL"
-        )
-    if not torch.isfinite(samples).all():
-        raise ValueError("the LATENT holds NaN or infinite values: the VAE may need --fp32-vae, or the clip is damaged")
-    if not torch.count_nonzero(samples):
-        raise ValueError("the LATENT is empty (all zeros): connect the VAE-encoded clip")
-    if is_svd(model) and samples.shape[0] < 2:
-        raise ValueError(
-            "got 1 frame; Stable Video Diffusion needs a clip of at least 2: connect all frames of the clip"
-        )
-    return samples
-
-
-def check_conditioning(model: Any, conditioning: list, samples: Tensor, name: str) -> None:
-    """ValueError where a condition is missing, not finite, of another size than the latent or model, or has no picture
-    where the model needs one, or one where it takes none."""
-    if not conditioning:
-        raise ValueError(f"{name} is empty: connect a CONDITIONING")
-    svd, with_frame = is_svd(model), takes_first_frame(model)
-    width = model.model.model_config.unet_config.get("context_dim") if svd else None
-    check_embeddings(conditioning, name, width, "CLIP_VISION" if with_frame else "CLIP")
-    for _, extra in conditioning:
-        image = extra.get("concat_latent_image")
-        if with_frame and image is None:
-            raise ValueError(f"{name} holds no first frame: connect Videoshop Conditioning or SVD_img2vid_Conditioning")
-        if image is None and is_wan_image_to_video(model):
-            raise ValueError(f"{name} holds no first frame: connect WanImageToVideo with a start_image")
-        if svd and not with_frame and image is not None:
-            raise ValueError(f"{name} holds a first frame, but a text alone tells this MODEL: connect CLIP Text Encode")
-        if isinstance(image, Tensor) and not torch.isfinite(image).all():
-            raise ValueError(f"{name} holds NaN or infinite values")
-        if image is not None and samples.ndim == 4 and image.shape[-2:] != samples.shape[-2:]:
-            (h, w), (height, width) = image.shape[-2:], samples.shape[-2:]
-            raise ValueError(
-                f"{name} was made for {8 * w} x {8 * h} pixels, the clip is {8 * width} x {8 * height}: "
-                "use the same width and height for both"
-            )
-        if image is not None and is_wan_image_to_video(model) and image.shape[2:] != samples.shape[2:]:
-            given, wanted = ((8 * w, 8 * h, 4 * t - 3) for t, h, w in (image.shape[2:], samples.shape[2:]))
-            raise ValueError(
-                "{} was made for {} x {} pixels and {} frames, the clip is {} x {} with {} frames: use the same width, "
-                "height and length for both".format(name, *given, *wanted)
-            )
-
-
-def check_embeddings(conditioning: list, name: str, width: int | None, source: str) -> None:
-    """ValueError for embeddings that are not finite or, where a width is given, not of it. source: what makes them."""
-    for embedding, _ in conditioning:
-        if width is not None and embedding.shape[-1] != width:
-            raise ValueError(
-                f"{name} holds an embedding of width {embedding.shape[-1]}, this MODEL takes {width}: connect the "
-                f"{source} that came with the MODEL"
-            )
-        if isinstance(embedding, Tensor) and not torch.isfinite(embedding).all():
-            raise ValueError(f"{name} holds NaN or infinite values")
-
-
-def is_svd(model: Any) -> bool:
-    """Whether a MODEL is Stable Video Diffusion or of its kind."""
-    return isinstance(model.model, comfy.model_base.SVD_img2vid)
-
-
-def is_wan_image_to_video(model: Any) -> bool:
-    """Whether a MODEL is Wan's image-to-video: beside the clip's 16 channels it takes a mask's 4 and a picture's 16."""
-    own = type(model.model) is comfy.model_base.WAN21
-    return own and model.model.diffusion_model.patch_embedding.in_channels == 36
-
-
-def takes_first_frame(model: Any) -> bool:
-    """Whether a MODEL is told by a first frame what to show: Stable Video Diffusion, but not the embedded
-    text-to-video model of its kind."""
-    return is_svd(model) and not getattr(model.model.model_config, "rewind_by_text", False)

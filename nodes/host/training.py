@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ...pipelines.evaluation.memory import in_words
-from .sampling import guider, latent_axes
+from .checks import latent_axes
+from .sampling import guider
 
 # Peak of memory in training: so many times what autograd would keep of one loss without checkpointing (`Kept`), and a
 # reserve. Measured as growth of the process on a CPU in float32, not on a GPU. On the embedded network at 16 x 24 x 24

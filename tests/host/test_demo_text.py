@@ -141,7 +141,7 @@ def test_the_host_makes_equal_copies_of_the_model(host, ours):
     if host.release >= (0, 33):
         copies.append(model.clone(force_deepcopy=True))
     weights = model.model.diffusion_model.state_dict()
-    takes_first_frame = host.module("nodes.host.sampling").takes_first_frame
+    takes_first_frame = host.module("nodes.host.checks").takes_first_frame
     for copy in copies:
         copied = copy.model.diffusion_model.state_dict()
         assert copy.model is not model.model and copied.keys() == weights.keys()

@@ -52,8 +52,8 @@ def test_every_note_is_there():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_first_frame_edits_are_for_models_that_take_one(host, models, family):
-    sampling, model = host.module("nodes.host.sampling"), models[family]
-    takes = sampling.takes_first_frame(model) or sampling.is_wan_image_to_video(model)
+    checks, model = host.module("nodes.host.checks"), models[family]
+    takes = checks.takes_first_frame(model) or checks.is_wan_image_to_video(model)
     assert takes == said(family, "first-frame edit")
 
 
