@@ -17,7 +17,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from ..demo.clip import SEEDS, Example, example, world_of
 from ..demo.world import EDITS
-from ..pipelines.evaluation.memory import peak_memory
+from ..pipelines.evaluation.memory import held_memory, peak_memory
 from ..pipelines.evaluation.metrics import flow_error, psnr
 from ..pipelines.videoshop.parts import parts
 from ..pipelines.videoshop.pipeline import VideoshopPipeline
@@ -169,9 +169,9 @@ class NoVae:
 
 
 def peaks(pipeline: VideoshopPipeline, frames: int, at_once: int, windows: bool, vae: bool = True) -> dict[str, float]:
-    """The most memory that this process has held before an edit of a clip of SIDE x SIDE pixels and after it, MiB.
+    """What this process holds before an edit of a clip of SIDE x SIDE pixels, and the most it held with it, MiB.
 
-    vae: with the VAE, or the network alone.
+    vae: the whole edit, or the network's two ways alone, without the pictures.
     """
     if not vae:
         pipeline.vae = NoVae()
@@ -181,8 +181,11 @@ def peaks(pipeline: VideoshopPipeline, frames: int, at_once: int, windows: bool,
     if windows:
         pipeline = WindowedPipeline(pipeline, LENGTH)
     pipeline(video[:2, :, :64, :64], video[0, :, :64, :64], replace(settings, frames_at_once=0), progress=False)
-    before = peak_memory()
-    pipeline(video, video[0], settings, progress=False)
+    before = held_memory()
+    if vae:
+        pipeline(video, video[0], settings, progress=False)
+    else:
+        pipeline.denoise(pipeline.invert(video, settings), video[0], settings)
     return {"before": before, "peak": peak_memory()}
 
 
@@ -204,11 +207,11 @@ def _peaks_anew(load: Callable[[], VideoshopPipeline], *size: Any) -> dict[str, 
 def measure_memory(load: Callable[[], VideoshopPipeline]) -> dict[str, dict[str, dict[str, float]]]:
     """`peaks` of every row of MEMORY, with the VAE and of the network alone, each in a process of its own.
 
-    GNU's allocator gives large blocks back at once there, instead of when it sees fit: what is measured would otherwise
-    be how it was fragmented, by a fifth to either side.
+    GNU's allocator gives all but small blocks back at once there, instead of when it sees fit: what is measured would
+    otherwise be how it was fragmented, by a fifth to either side.
     """
     before = os.environ.get(THRESHOLD)
-    os.environ[THRESHOLD] = str(2**20)
+    os.environ[THRESHOLD] = str(2**16)
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in MEMORY}
     try:
         for name, size in MEMORY.items():

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ...demo.text_edits import TOKEN, text_example
 from ...pipelines.dreamix.finetuning import FineTuning
-from ...pipelines.evaluation.memory import peak_memory
+from ...pipelines.evaluation.memory import held_memory, peak_memory
 from .encoding import as_images
 from .mixed_training import Material, train
 from .models import load_demo_text_models
 
 
 def measure(alpha: float | None, checkpointing: bool, steps: int) -> dict[str, Any]:
-    """Seconds of each step but the first, and the growth of the peak memory, of one way in a process of its own.
+    """Seconds of each step but the first, and the peak above the memory held before, of one way in its own process.
 
     alpha: of our fine-tuning; None is the host's Train LoRA. All train a LoRA of one rank on the embedded model, in
     float32, on one batch of a clip's 8 latents; ours with alpha below 1 on its 8 frames besides. The host's own LoRA is
@@ -32,7 +32,7 @@ def measure(alpha: float | None, checkpointing: bool, steps: int) -> dict[str, A
         token = clip.encode_from_tokens_scheduled(clip.tokenize(TOKEN))
     comfy.model_management.load_models_gpu([model])
     times: list[float] = []
-    before = peak_memory()
+    before = held_memory()
     if alpha is None:
         comfy.utils.set_progress_bar_global_hook(lambda *_, **__: times.append(time.perf_counter()))
         _train_lora(model, latents, token, checkpointing, steps)

@@ -1,4 +1,4 @@
-"""How much memory a process has held, and memory in words."""
+"""How much memory a process holds and has held, and memory in words."""
 
 from __future__ import annotations
 
@@ -18,13 +18,28 @@ def peak_memory() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     if STATUS.exists():
         # What getrusage tells on Linux begins at what the PARENT held when it started this process.
-        return int(re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())[1]) / 2**10
+        return _status("VmHWM")
     if sys.platform == "win32":
         return math.nan
     import resource
 
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held / 2**20 if sys.platform == "darwin" else held / 2**10
+
+
+def held_memory() -> float:
+    """What this process holds now, MiB, as `peak_memory` counts; NaN outside Linux without a GPU.
+
+    What work takes is the peak after it above this, not above the peak before it: a process holds more for a moment
+    while it loads its weights than when it has.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**20
+    return _status("VmRSS") if STATUS.exists() else math.nan
+
+
+def _status(name: str) -> float:
+    return int(re.search(rf"{name}:\s*(\d+) kB", STATUS.read_text())[1]) / 2**10
 
 
 def in_words(size: float) -> str:
