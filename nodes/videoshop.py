@@ -87,7 +87,7 @@ def inversion_outputs() -> list[io.Output]:
         io.Noise.Output(
             "noise",
             tooltip="Starts SamplerCustomAdvanced exactly at the inverted clip, for every family of models. "
-            "Connect an EMPTY latent of the clip's size beside it, and the euler sampler.",
+            "Connect an EMPTY latent of the clip's size beside it, and the euler sampler (VOIDSampler on CogVideoX).",
         ),
         InversionType.Output("inversion", tooltip="All of it in one: connect to SVD Denoise and the checks."),
     ]
