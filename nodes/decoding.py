@@ -72,8 +72,8 @@ class ChunkedDecode(io.ComfyNode):
         chunks = (
             f" in {len(parts)} chunks of at most {most}, neighbours share {overlap}" if len(parts) > 1 else " at once"
         )
-        text = f"{len(latents)} frames{chunks}; about {in_words(most * size)} on {vae.device}, as ComfyUI reckons"
+        text = f"{len(latents)} frames{chunks}; about {in_words(most * size)} on {vae.device} (as ComfyUI reckons)"
         if chunk < wanted:
-            text += f" ({wanted} at once would take {in_words(wanted * size)}, more than can be had)"
+            text += f"; {wanted} at once would take {in_words(wanted * size)}, more than can be had"
         costs.tell(cls.hidden.unique_id, "VAE Decode in Chunks", text)
         return io.NodeOutput(decode_clip(vae, latents, chunk, overlap))

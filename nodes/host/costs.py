@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,9 +31,12 @@ WINDOWS = "ContextWindows_prepare_sampling"  # by which the host's context windo
 
 
 def tell(node_id: str | None, node: str, text: str) -> None:
-    """Say a text in the log and on a node. node: its name."""
+    """Say a text in the log and on a node, which shows two lines: what stands in brackets is for the log alone.
+
+    node: its name.
+    """
     logger.info("%s: %s", node, text)
-    show_text(node_id, text)
+    show_text(node_id, re.sub(r" \([^()]*\)", "", text))
 
 
 def sampling_bytes(guider: comfy.samplers.CFGGuider, samples: Tensor, guided: bool) -> int:
@@ -61,9 +65,9 @@ def longest(samples: Tensor, found: Sequence[Part]) -> Tensor:
 
 
 def parts_in_words(found: Sequence[Part]) -> str:
-    """ "4 parts of at most 14 frames, in all ", or nothing for one part."""
+    """ " in 4 parts (of at most 14 frames)", or nothing for one part."""
     most = max((stop - start for start, stop in found), default=0)
-    return "" if len(found) < 2 else f"{len(found)} parts of at most {most} frames, in all "
+    return "" if len(found) < 2 else f" in {len(found)} parts (of at most {most} frames)"
 
 
 def sampling_in_words(guider: comfy.samplers.CFGGuider, samples: Tensor, guided: bool) -> str:
@@ -72,8 +76,8 @@ def sampling_in_words(guider: comfy.samplers.CFGGuider, samples: Tensor, guided:
     weights, work = model.model_size(), sampling_bytes(guider, samples, guided)
     each = "" if windows is None else f"each in context windows of {windows.context_length}; "
     return (
-        f"{each}at most about {in_words(weights + work)} on {model.load_device}, {in_words(weights)} of weights and "
-        f"{in_words(work)} to compute, as ComfyUI reckons"
+        f"{each}at most about {in_words(weights + work)} on {model.load_device} ({in_words(weights)} of weights and "
+        f"{in_words(work)} to compute, as ComfyUI reckons)"
     )
 
 
@@ -93,9 +97,9 @@ def tell_inversion(
     tell(
         node_id,
         "EDM Inversion",
-        f"{parts_in_words(found)}{evaluations_in_words(fewest, most)}; "
+        f"{evaluations_in_words(fewest, most)}{parts_in_words(found)}; "
         f"{sampling_in_words(guider, longest(samples, found), guided)}; {in_words(size)} of main "
-        f"memory for the clip at {steps + 1} noise levels in {str(dtype).removeprefix('torch.')}",
+        f"memory (the clip at {steps + 1} noise levels in {str(dtype).removeprefix('torch.')})",
     )
 
 
@@ -120,6 +124,6 @@ def tell_way_back(
     tell(
         node_id,
         node,
-        f"{parts_in_words(found)}{evaluations_in_words(max(len(found), 1) * evaluations)}{more}; "
+        f"{evaluations_in_words(max(len(found), 1) * evaluations)}{parts_in_words(found)}{more}; "
         f"{sampling_in_words(guider, longest(samples, found), guided)}",
     )

@@ -203,8 +203,8 @@ def tell_training(
         return
     needed, free = training_bytes(kept, checkpointing), comfy.model_management.get_free_memory(copy.load_device)
     say(
-        f"{text}; at most about {in_words(weights + needed)} on {copy.load_device}, {in_words(weights)} of weights and "
-        f"{in_words(needed)} to train, by one step on a corner of the frames"
+        f"{text}; at most about {in_words(weights + needed)} on {copy.load_device} ({in_words(weights)} of weights and "
+        f"{in_words(needed)} to train, by one step on a corner of the frames)"
     )
     if needed > free:
         help_ = "fewer or smaller frames" + ("" if checkpointing else ", or gradient_checkpointing")

@@ -19,9 +19,9 @@ def model(host):
 
 @pytest.fixture
 def told(host, monkeypatch):
-    """What nodes show while they run, in order; tests put other events between."""
+    """What nodes say while they run, in order; tests put other events between."""
     texts = []
-    monkeypatch.setattr(host.module("nodes.host.costs"), "show_text", lambda node_id, text: texts.append(text))
+    monkeypatch.setattr(host.module("nodes.host.costs"), "tell", lambda node_id, node, text: texts.append(text))
     return texts
 
 
@@ -129,7 +129,7 @@ def test_a_fine_tuning_says_its_memory_and_refuses_by_the_same_number(host, svd,
 
     svd.tune(host, memory_check=True)
     (text,) = told
-    needed = re.search(r"at most about .* on cpu, (.*) of weights and (.*) to train", text)
+    needed = re.search(r"at most about .* on cpu \((.*) of weights and (.*) to train", text)
     assert needed and needed[1] == host.module("pipelines.evaluation.memory").in_words(svd.model.model_size())
     mib = int(re.match(r"(\d+) MiB", needed[2])[1])
     for free, fits in ((mib + 2, True), (mib - 2, False)):
@@ -160,9 +160,9 @@ def test_memory_is_what_the_host_itself_reckons_with(host, model, told, monkeypa
     *_, inversion = invert(host, model)
     both, one = asked[-1]
     assert both == 2 * one > 0
-    assert f"at most about {words(weights + one)} on cpu, {words(weights)} of weights and {words(one)}" in told[0]
+    assert f"at most about {words(weights + one)} on cpu ({words(weights)} of weights and {words(one)}" in told[0]
     size = (STEPS + 1) * inversion.latent.numel() * 4
-    assert told[0].endswith(f"; {words(size)} of main memory for the clip at {STEPS + 1} noise levels in float32")
+    assert told[0].endswith(f"; {words(size)} of main memory (the clip at {STEPS + 1} noise levels in float32)")
     told.clear()
     conditions = {"positive": tiny_models.conditioning("svd", 1), "negative": tiny_models.conditioning("svd", 2)}
     host.run_node("RewindSVDDenoise", model=model, inversion=inversion, **conditions, last_guidance=2.0)
@@ -182,19 +182,20 @@ def test_context_windows_count_as_the_host_counts_them(host, model):
     assert words.startswith("each in context windows of 2; at most about ")
 
 
-def test_what_is_told_is_logged_too(host, model, told, caplog):
-    with caplog.at_level("INFO"):
-        invert(host, model)
-    assert any(record.getMessage() == f"EDM Inversion: {told[0]}" for record in caplog.records)
-
-
-def test_what_is_told_arrives_on_the_page(host, model, monkeypatch):
+def test_all_is_logged_and_its_brackets_are_left_out_on_the_page(host, model, monkeypatch, caplog):
+    """A node of usual width has two lines of about fifty characters for it."""
     from server import PromptServer
 
     sent = []
     monkeypatch.setattr(PromptServer.instance, "send_progress_text", lambda text, node_id: sent.append((text, node_id)))
-    invert(host, model)
-    assert len(sent) == 1 and sent[0][1] == "1" and sent[0][0].startswith("4 network evaluations; ")
+    with caplog.at_level("INFO"):
+        invert(host, model)
+    ((shown, node_id),) = sent
+    assert node_id == "1"
+    assert re.fullmatch(r"4 network evaluations; at most about \d+ [KM]iB on cpu; \d+ [KM]iB of main memory", shown)
+    (logged,) = (r.getMessage() for r in caplog.records if r.getMessage().startswith("EDM Inversion: "))
+    assert "to compute, as ComfyUI reckons)" in logged and "noise levels in float32)" in logged
+    assert re.sub(r" \(.*?\)", "", logged) == f"EDM Inversion: {shown}"
 
 
 @pytest.mark.parametrize("name", ["RewindSaveInversion", "RewindLoadInversion"])

@@ -26,7 +26,7 @@ def samples():
 @pytest.fixture
 def told(host, monkeypatch):
     texts = []
-    monkeypatch.setattr(host.module("nodes.host.costs"), "show_text", lambda node_id, text: texts.append(text))
+    monkeypatch.setattr(host.module("nodes.host.costs"), "tell", lambda node_id, node, text: texts.append(text))
     return texts
 
 
@@ -37,7 +37,7 @@ def decode(host, vae, samples, **inputs):
 def test_all_at_once_is_the_hosts_own_decode(host, vae, samples, told):
     (wanted,) = host.run_node("VAEDecode", samples=samples, vae=vae)
     assert torch.equal(decode(host, vae, samples, frames_at_once=FRAMES), wanted)
-    assert told == [f"12 frames at once; about {_size(host, vae, samples, 12)} on cpu, as ComfyUI reckons"]
+    assert told == [f"12 frames at once; about {_size(host, vae, samples, 12)} on cpu (as ComfyUI reckons)"]
 
 
 def _size(host, vae, samples, frames):
@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_taken_in_smaller_chunks_and_told(host, vae, sample
     told.clear()
     monkeypatch.setattr(management, "get_free_memory", lambda *_, **__: 5.5 * per_frame)
     assert torch.equal(decode(host, vae, samples, frames_at_once=FRAMES, overlap=2), wanted)
-    assert f"(12 at once would take {_size(host, vae, samples, 12)}, more than can be had" in told[0]
+    assert f"; 12 at once would take {_size(host, vae, samples, 12)}, more than can be had" in told[0]
     monkeypatch.setattr(management, "get_free_memory", lambda *_, **__: 0.5 * per_frame)
     assert decode(host, vae, samples, frames_at_once=FRAMES, overlap=2).shape == wanted.shape
     assert "12 frames in 12 chunks of at most 1" in told[1]

@@ -135,8 +135,8 @@ def test_costs_of_all_parts_are_told_before(host, model, conditions, source, cap
     with caplog.at_level("INFO"):
         *_, inversion = invert(host, model, source, conditions)
         denoise(host, model, conditions, inversion, last_guidance=2.0)
-    assert f"3 parts of at most 3 frames, in all {3 * STEPS} network evaluations" in caplog.text
-    assert f"3 parts of at most 3 frames, in all {6 * STEPS} network evaluations" in caplog.text
+    assert f"{3 * STEPS} network evaluations in 3 parts (of at most 3 frames)" in caplog.text
+    assert f"{6 * STEPS} network evaluations in 3 parts (of at most 3 frames)" in caplog.text
 
 
 def test_what_cannot_go_in_parts_is_refused_before_any_step(host, model, conditions, source):

@@ -74,7 +74,7 @@ window.rewindTest = {
     style.textContent =
       "body > :not(#vue-app):not(script) { display: none !important }" +
       "#vue-app * { visibility: hidden !important }" +
-      "#vue-app #graph-canvas, #vue-app .rewind-shown, #vue-app .rewind-shown * { visibility: visible !important }";
+      "#vue-app #graph-canvas, #vue-app .dom-widget, #vue-app .dom-widget * { visibility: visible !important }";
     document.head.append(style);
     const nodes = app.graph._nodes;
     const boxes = nodes.map((node) => this.box(node));
@@ -84,7 +84,6 @@ window.rewindTest = {
       video.pause();
       video.currentTime = 0;
     }
-    for (const widget of nodes.flatMap((node) => node.widgets ?? [])) widget.element?.classList.add("rewind-shown");
     app.canvas.deselectAll();
     const left = Math.min(...boxes.map(([x]) => x));
     const top = Math.min(...boxes.map(([, y]) => y));
@@ -105,6 +104,14 @@ window.rewindTest = {
     const boxes = app.graph._nodes.map((n) => ({ name: n.title, x: n.pos[0], y: n.pos[1] - bar, w: n.size[0], h: n.size[1] + bar }));
     const over = (a, b) => a.x + a.w > b.x + 1 && b.x + b.w > a.x + 1 && a.y + a.h > b.y + 1 && b.y + b.h > a.y + 1;
     return boxes.flatMap((a, i) => boxes.slice(i + 1).filter((b) => over(a, b)).map((b) => [a.name, b.name]));
+  },
+
+  // What nodes say below their widgets and do not show whole, but for the empty edge; only of nodes in sight.
+  cutTexts() {
+    const widgets = app.graph._nodes.flatMap((node) => node.widgets ?? []);
+    const texts = widgets.filter((widget) => widget.name === "$$node-text-preview").map((widget) => widget.value);
+    const shown = [...document.querySelectorAll(".dom-widget > div")].filter((e) => texts.includes(e.innerText.trim()));
+    return shown.filter((e) => e.scrollHeight > e.clientHeight + 12).map((e) => e.innerText.trim());
   },
 
   // The places of a node's sockets and widgets on the page.
