@@ -54,9 +54,9 @@ class SaveInversion(io.ComfyNode):
     @classmethod
     def execute(cls, inversion: Inversion, filename_prefix: str) -> io.NodeOutput:
         path, told = INVERSIONS.free_path(filename_prefix), _in_words(inversion)
-        costs.tell(cls.hidden.unique_id, "Save Inversion", f"saving {path.name}, {told}")
+        costs.tell(cls.hidden.unique_id, "Save Inversion", f"saving {path.name}, {told}", whole=True)
         save_inversion(path, inversion)
-        costs.tell(cls.hidden.unique_id, "Save Inversion", f"saved {path.name}, {told}")
+        costs.tell(cls.hidden.unique_id, "Save Inversion", f"saved {path.name}, {told}", whole=True)
         return io.NodeOutput()
 
 

@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 WINDOWS = "ContextWindows_prepare_sampling"  # by which the host's context windows reckon with one window
 
 
-def tell(node_id: str | None, node: str, text: str) -> None:
+def tell(node_id: str | None, node: str, text: str, whole: bool = False) -> None:
     """Say a text in the log and on a node, which shows two lines: what stands in brackets is for the log alone.
 
-    node: its name.
+    node: its name. whole: show the brackets too, which may belong to the name of a file.
     """
     logger.info("%s: %s", node, text)
-    show_text(node_id, re.sub(r" \([^()]*\)", "", text))
+    show_text(node_id, text if whole else re.sub(r" \([^()]*\)", "", text))
 
 
 def sampling_bytes(guider: comfy.samplers.CFGGuider, samples: Tensor, guided: bool) -> int:

@@ -21,7 +21,7 @@ def model(host):
 def told(host, monkeypatch):
     """What nodes say while they run, in order; tests put other events between."""
     texts = []
-    monkeypatch.setattr(host.module("nodes.host.costs"), "tell", lambda node_id, node, text: texts.append(text))
+    monkeypatch.setattr(host.module("nodes.host.costs"), "tell", lambda node_id, node, text, **_: texts.append(text))
     return texts
 
 
@@ -218,3 +218,11 @@ def test_memory_of_a_stored_inversion_is_told_before_it_is_stored(host, model, t
     before, work, after = told
     assert work == "the file" and re.search(r"\d+ KiB", before)
     assert re.search(r"a latent of 5 x 4 x 8 x 8, 4 steps, 5 states in float16", after)
+
+
+def test_a_files_brackets_are_shown(host, model, monkeypatch):
+    *_, inversion = invert(host, model)
+    shown = []
+    monkeypatch.setattr(host.module("nodes.host.costs"), "show_text", lambda node_id, text: shown.append(text))
+    host.run_node("RewindSaveInversion", inversion=inversion, filename_prefix="clip (final)")
+    assert shown[-1].startswith("saved clip (final)_00001_.safetensors, ")

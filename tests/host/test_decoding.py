@@ -26,7 +26,7 @@ def samples():
 @pytest.fixture
 def told(host, monkeypatch):
     texts = []
-    monkeypatch.setattr(host.module("nodes.host.costs"), "tell", lambda node_id, node, text: texts.append(text))
+    monkeypatch.setattr(host.module("nodes.host.costs"), "tell", lambda node_id, node, text, **_: texts.append(text))
     return texts
 
 
