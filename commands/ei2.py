@@ -153,7 +153,7 @@ def prepare_ei2(args: argparse.Namespace) -> EI2Job:
     changes = {ours: getattr(args, name) for name, ours in EDITING.items() if given(args, name)}
     settings = replace(EMBEDDED_SETTINGS if embedded else EI2Settings(), **changes)
     changes = {ours: getattr(args, name) for name, ours in TUNING.items() if given(args, name)}
-    # Recomputing costs a third more time, and only large models are short of memory.
+    # Recomputing costs a third to half more time, and only large models are short of memory.
     own = {"checkpointing": not embedded, "seed": args.seed}
     tuning = replace(EMBEDDED_TUNING if embedded else OneShot(), **own, **changes)
     changes = {name: getattr(args, name) for name in INFLATION if given(args, name)}

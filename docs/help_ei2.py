@@ -114,7 +114,7 @@ def one_shot_tune(studio: Studio) -> Any:
         (f"after {round(share * e.tuning.steps)} steps", e.edited(few, prompt)),
         (f"after {e.tuning.steps} steps", e.edited(tuned, prompt)),
     )
-    return below(rows, picture(plot))
+    return studio.figures.stacked([rows, picture(plot)])
 
 
 def save_weights(studio: Studio) -> Any:
@@ -148,16 +148,6 @@ def shift_probe(studio: Studio) -> Any:
     e = editor(studio)
     told = {"samples": e.latent, "conditioning": e.encoded(e.caption)}
     return picture(e.run("RewindCovariateShiftProbe", model=e.model, weights=e.tuned()[1], **told)[0])
-
-
-def below(upper: Any, lower: Any) -> Any:
-    """Two pictures, one below the other."""
-    from PIL import Image
-
-    both = Image.new("RGB", (max(upper.width, lower.width), upper.height + lower.height), "white")
-    both.paste(upper, (0, 0))
-    both.paste(lower, (0, upper.height))
-    return both
 
 
 PICTURES: dict[str, Callable[[Studio], Any]] = {

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import comfy.utils
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
+from PIL.Image import Image
 from torch import Tensor
 
-from ..pipelines.ei2.covariate_shift import by_block, overall
+from ..pipelines.ei2.covariate_shift import Reading, by_block, by_block_and_level, by_level, overall
 from ..pipelines.ei2.ffam import ATTENTIONS
 from ..pipelines.ei2.inflation import NO_TEMPORAL, PLACES, InflationSettings
 from ..pipelines.ei2.stam import AXES, TEMPORALS
 from ..pipelines.ei2.tuning import OneShot
-from .figures import bars, loss_curves, to_tensor
+from .figures import bars, loss_curves, shaded_table, stacked, to_tensor
 from .host import costs, one_shot, patches
 from .host.schema import ADVANCED, EI2WeightsType, Schema
 from .host.training import precision_of
@@ -26,6 +29,7 @@ AS_TUNED = "as tuned"
 PRECISIONS = ("auto", "bfloat16", "float32")
 PICTURE_EVERY = 10  # steps between two pictures of the loss on the node
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the training times at which the shift is measured
+SHIFTS = ("mean shift", "variance shift")
 
 
 def _attention_inputs(options: list[str]) -> list[io.Input]:
@@ -168,8 +172,8 @@ def _advanced_inputs() -> list[io.Input]:
             default=False,
             optional=True,
             extra_dict=ADVANCED,
-            tooltip="Compute each block twice instead of keeping it: much less memory, a third more time. The result "
-            "is the same.",
+            tooltip="Compute each block twice instead of keeping it: much less memory, a third to half more time. "
+            "The result is the same.",
         ),
         io.Int.Input(
             "checkpoint_every",
@@ -318,15 +322,47 @@ class CovariateShiftProbe(io.ComfyNode):
         one_shot.check_text(model, conditioning, "conditioning")
         latents = one_shot.check_clip(model, samples)
         readings = one_shot.probe_shift(model, latents, conditioning, weights, TIMES, seed)
-        mean_shift, variance_shift = overall(readings)
-        blocks = by_block(readings)
-        names = {name: name.replace(".transformer_blocks.", ".") for name in blocks}
-        rows = [f"| {names[name]} | {mean:.4f} | {variance:.4f} |" for name, (mean, variance) in blocks.items()]
-        table = "\n".join(["| block | mean shift | variance shift |", "|---|---|---|", *rows])
-        measures = {
-            "mean shift": [mean for mean, _ in blocks.values()],
-            "variance shift": [variance for _, variance in blocks.values()],
-        }
-        picture = to_tensor(bars("covariate shift of each temporal module", list(names.values()), measures))
+        readings = [replace(r, block=r.block.replace(".transformer_blocks.", ".")) for r in readings]
+        shifts = overall(readings)
+        picture = to_tensor(_shift_plot(readings))
         shown = ui.PreviewImage(picture, cls=cls)
-        return io.NodeOutput(picture, mean_shift, variance_shift, table, ui=shown)
+        return io.NodeOutput(picture, *shifts, _shift_tables(readings), ui=shown)
+
+
+def _at_levels(readings: list[Reading]) -> tuple[list[str], dict[str, dict[str, list[float]]]]:
+    """The noise levels as they are written, and for each shift its values at them, row by row: blocks, then all."""
+    rows = {**by_block_and_level(readings), "all blocks": by_level(readings)}
+    values = {
+        shift: {name: [pair[number] for pair in levels.values()] for name, levels in rows.items()}
+        for number, shift in enumerate(SHIFTS)
+    }
+    return [f"{sigma:.3g}" for sigma in by_level(readings)], values
+
+
+def _shift_tables(readings: list[Reading]) -> str:
+    """Markdown: both shifts block by block, averaged over the noise levels; then a table a shift, level by level."""
+    sigmas, values = _at_levels(readings)
+    tables = [(("block", *SHIFTS), by_block(readings))]
+    tables += [((f"{shift} at sigma", *sigmas), rows) for shift, rows in values.items()]
+    return "\n\n".join(_markdown(*table) for table in tables)
+
+
+def _markdown(header: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:
+    """A Markdown table: numbers in rows with names."""
+    cells = [[name, *(f"{value:.4f}" for value in row)] for name, row in rows.items()]
+    lines = [f"| {' | '.join(line)} |" for line in (header, *cells)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def _shift_plot(readings: list[Reading]) -> Image:
+    """Bars block by block, averaged over the noise levels; below them the values at each level."""
+    blocks = by_block(readings)
+    means = {shift: [pair[number] for pair in blocks.values()] for number, shift in enumerate(SHIFTS)}
+    sigmas, values = _at_levels(readings)
+    cells = {f"{shift} at sigma": list(rows.values()) for shift, rows in values.items()}
+    return stacked(
+        [
+            bars("covariate shift of each temporal module", list(blocks), means),
+            shaded_table("the same at each noise level", [*blocks, "all blocks"], sigmas, cells),
+        ]
+    )

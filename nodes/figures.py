@@ -12,7 +12,7 @@ from torch import Tensor
 
 WHITE, INK, FAINT = (255, 255, 255), (40, 40, 40), (215, 215, 215)
 COLOURS = ((31, 119, 180), (214, 90, 20), (44, 140, 60))
-FONT_SIZE, LINE, MARGIN = 13, 18, 8
+FONT_SIZE, SMALL, LINE, MARGIN = 13, 11, 18, 8
 CELL = 160  # widest picture of a frame, pixels
 MOST_FRAMES = 8
 
@@ -24,8 +24,15 @@ def _canvas(width: int, height: int) -> Canvas:
     return picture, ImageDraw.Draw(picture)
 
 
-def _write(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, colour: tuple[int, int, int] = INK) -> None:
-    draw.text((x, y), text, fill=colour, font=ImageFont.load_default(FONT_SIZE))
+def _write(
+    draw: ImageDraw.ImageDraw,
+    x: float,
+    y: float,
+    text: str,
+    colour: tuple[int, int, int] = INK,
+    size: int = FONT_SIZE,
+) -> None:
+    draw.text((x, y), text, fill=colour, font=ImageFont.load_default(size))
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -131,6 +138,35 @@ def bars(title: str, names: Sequence[str], measures: dict[str, Sequence[float]],
     return picture
 
 
+def shaded_table(
+    title: str,
+    names: Sequence[str],
+    columns: Sequence[str],
+    measures: dict[str, Sequence[Sequence[float]]],
+    width: int = 560,
+) -> Image.Image:
+    """A row a name with the value in each column, measure beside measure, shaded up to the measure's largest value."""
+    top, left, side = 3 * LINE + MARGIN // 2, 150, (width - 150) / len(measures)
+    across = (side - MARGIN) / len(columns)
+    picture, draw = _canvas(width, top + LINE * len(names) + MARGIN)
+    _write(draw, MARGIN, MARGIN // 2, title)
+    for number, (measure, rows) in enumerate(measures.items()):
+        start, colour = left + number * side, COLOURS[number % len(COLOURS)]
+        most = max(max(row) for row in rows) or 1.0
+        _write(draw, start, LINE + MARGIN // 2, measure, colour)
+        for column, label in enumerate(columns):
+            x = start + column * across
+            _write(draw, x + 2, 2 * LINE + MARGIN // 2, label, size=SMALL)
+            for index, row in enumerate(rows):
+                y, share = top + index * LINE, 0.7 * row[column] / most  # values stay legible on the darkest
+                fill = tuple(round(255 - share * (255 - c)) for c in colour)
+                draw.rectangle((x, y, x + across - 2, y + LINE - 2), fill=fill)
+                _write(draw, x + 2, y + 2, f"{row[column]:{'.4f' if row[column] < 10 else '.4g'}}", size=SMALL)
+    for index, name in enumerate(names):
+        _write(draw, MARGIN, top + index * LINE, name)
+    return picture
+
+
 def matrix(title: str, axis: str, values: Tensor, size: int = 300) -> Image.Image:
     """A square matrix of values from -1 (blue) over 0 (white) to 1 (red)."""
     picture, draw = _canvas(size, size)
@@ -140,6 +176,16 @@ def matrix(title: str, axis: str, values: Tensor, size: int = 300) -> Image.Imag
     picture.paste(_to_picture(colour.flip(0)).resize((side, side), Image.Resampling.NEAREST), (MARGIN, int(1.5 * LINE)))
     _write(draw, MARGIN, MARGIN // 2, title)
     _write(draw, MARGIN, size - LINE - 2, axis)
+    return picture
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures one below the other."""
+    picture, _ = _canvas(max(p.width for p in pictures), sum(p.height for p in pictures))
+    top = 0
+    for part in pictures:
+        picture.paste(part, (0, top))
+        top += part.height
     return picture
 
 

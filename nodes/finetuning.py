@@ -104,7 +104,8 @@ def _advanced_inputs() -> list[io.Input]:
             default=False,
             optional=True,
             extra_dict=ADVANCED,
-            tooltip="Compute each block twice instead of keeping what it computed: much less memory, a third slower.",
+            tooltip="Compute each block twice instead of keeping what it computed: less memory, a third to half more "
+            "time.",
         ),
         io.Int.Input(
             "checkpoint_every",

@@ -141,8 +141,8 @@ class VideoshopConditioning(io.ComfyNode):
                 io.Image.Input(
                     "clip",
                     tooltip="All frames of the source clip. The more frames, the more memory; use as many as the "
-                    "model was trained on (14 or 25 for the released models, 8 for the embedded one), trim longer "
-                    "clips.",
+                    "model was trained on (14 or 25 for the released models, 8 for the embedded one); for longer "
+                    "clips set frames_at_once of EDM Inversion.",
                 ),
                 io.Image.Input(
                     "edited_frame",

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +62,24 @@ class Probe:
 
 def by_block(readings: Sequence[Reading]) -> dict[str, tuple[float, float]]:
     """Mean and variance shift of each block, averaged over noise levels."""
-    blocks: dict[str, list[Reading]] = {}
+    return {name: overall(own) for name, own in _grouped(readings, "block").items()}
+
+
+def by_level(readings: Sequence[Reading]) -> dict[float, tuple[float, float]]:
+    """Mean and variance shift at each noise level, in the order in which they were taken, averaged over blocks."""
+    return {sigma: overall(own) for sigma, own in _grouped(readings, "sigma").items()}
+
+
+def by_block_and_level(readings: Sequence[Reading]) -> dict[str, dict[float, tuple[float, float]]]:
+    """Mean and variance shift of each block at each noise level."""
+    return {name: by_level(own) for name, own in _grouped(readings, "block").items()}
+
+
+def _grouped(readings: Sequence[Reading], key: str) -> dict[Any, list[Reading]]:
+    groups: dict[Any, list[Reading]] = {}
     for reading in readings:
-        blocks.setdefault(reading.block, []).append(reading)
-    return {name: overall(own) for name, own in blocks.items()}
+        groups.setdefault(getattr(reading, key), []).append(reading)
+    return groups
 
 
 def overall(readings: Sequence[Reading]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from statistics import fmean
 from types import SimpleNamespace
 
 import fine_tuning
@@ -328,7 +329,7 @@ def probe(host, model, weights, x, seed=3):
 
 
 def seen_by_hand(host, model, clean, name, seed=3):
-    """Mean and variance shift of one block over the levels, from the features at its hooks."""
+    """Mean and variance shift of one block at each level, two rows of numbers, from the features at its hooks."""
     block = model.model.diffusion_model.get_submodule(name)
     seen, sigmas = {}, model.get_model_object("model_sampling").sigmas
     handles = [
@@ -347,23 +348,36 @@ def seen_by_hand(host, model, clean, name, seed=3):
         shifts.append((float(moved), float((y.var(0, correction=0) / spread).log().abs().mean())))
     for handle in handles:
         handle.remove()
-    return [sum(values) / len(LEVELS) for values in zip(*shifts)]
+    return list(zip(*shifts))
+
+
+def numbers(table):
+    """The header of a Markdown table, and its rows by name."""
+    header, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines())
+    return header, {name: [float(value) for value in values] for name, *values in rows}
 
 
 @pytest.mark.parametrize("temporal", ["STAM", "Tune-A-Video"])
 def test_the_probe_measures_what_passes_the_modules(host, sd15, temporal):
     clean, tuned = noisy(3, 9, 5, seed=2), random_weights(host, sd15, scale=30.0, temporal=temporal)
     picture, mean_shift, variance_shift, table = probe(host, sd15, tuned, clean)
-    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+    over_levels, *at_levels = (numbers(part) for part in table.split("\n\n"))
     blocks = list(host.module("pipelines.ei2.inflation").transformer_blocks(sd15.model.diffusion_model))
-    assert [row[0] for row in rows] == [name.replace(".transformer_blocks.", ".") for name in blocks]
+    names = [name.replace(".transformer_blocks.", ".") for name in blocks]
+    assert list(over_levels[1]) == names and over_levels[0] == ["block", "mean shift", "variance shift"]
+    sigmas = sd15.get_model_object("model_sampling").sigmas
+    levels = [f"{float(sigmas[round(share * 999)]):.3g}" for share in LEVELS]
+    assert [header for header, _ in at_levels] == [[f"{kind} shift at sigma", *levels] for kind in ("mean", "variance")]
     patched = patch(host, sd15, weights=tuned)
     for index in (0, 2, len(blocks) - 1):
-        mean, variance = seen_by_hand(host, patched, clean, blocks[index])
-        assert float(rows[index][1]) == pytest.approx(mean, rel=1e-3, abs=1e-4)
-        assert float(rows[index][2]) == pytest.approx(variance, rel=1e-3, abs=1e-4)
-    for value, column in ((mean_shift, 1), (variance_shift, 2)):
-        assert value == pytest.approx(sum(float(row[column]) for row in rows) / len(rows), abs=1e-4) and value > 1e-3
+        for (_, rows), seen in zip(at_levels, seen_by_hand(host, patched, clean, blocks[index]), strict=True):
+            assert rows[names[index]] == pytest.approx(seen, rel=1e-3, abs=1e-4), "each level in its own column"
+    for column, (value, (_, rows)) in enumerate(zip((mean_shift, variance_shift), at_levels, strict=True)):
+        whole = rows.pop("all blocks")
+        assert list(rows) == names and whole == pytest.approx([fmean(c) for c in zip(*rows.values())], abs=1e-4)
+        means = {name: fmean(row) for name, row in rows.items()}
+        assert means == pytest.approx({name: row[column] for name, row in over_levels[1].items()}, abs=1e-4)
+        assert value == pytest.approx(fmean(means.values()), abs=1e-4) and value > 1e-3
     _, height, across, channels = picture.shape
     assert channels == 3 and 400 <= across <= 800 and 150 <= height <= 1000 and float(picture.std()) > 0.02
     again = probe(host, patched, tuned, clean)

@@ -87,8 +87,10 @@ def test_ei2_load_weights_runs_in_time_on_every_host(run):
     assert result.shape == (8, 96, 96, 3) and float(result.std()) > 0.01
     assert seconds <= LONGEST
     (table,) = history["outputs"][node_of(prompt, "PreviewAny")]["text"]
-    rows = table.splitlines()[2:]
-    assert rows and all(re.fullmatch(r"\| \w+\.\d[\w.]* \| \d\.\d{4} \| \d\.\d{4} \|", row) for row in rows)
+    blocks, *at_levels = (part.splitlines()[2:] for part in table.split("\n\n"))
+    assert blocks and all(re.fullmatch(r"\| \w+\.\d[\w.]*( \| \d\.\d{4}){2} \|", row) for row in blocks)
+    assert len(at_levels) == 2 and all(len(rows) == len(blocks) + 1 for rows in at_levels), "a row for all blocks"
+    assert all(re.fullmatch(r"\| [\w. ]+( \| \d\.\d{4}){5} \|", row) for rows in at_levels for row in rows)
 
 
 def test_the_note_says_that_it_tunes_less_than_a_run_that_counts():

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 import pytest
 import tiny_text_image as tiny
 import torch
 from torch import Tensor
 
-from rewind.pipelines.ei2.covariate_shift import Probe, Reading, by_block, overall, shift
+from rewind.pipelines.ei2.covariate_shift import (
+    Probe,
+    Reading,
+    by_block,
+    by_block_and_level,
+    by_level,
+    overall,
+    shift,
+)
 from rewind.pipelines.ei2.inflation import Inflation, InflationSettings
 from rewind.pipelines.ei2.stam import TEMPORALS
 
@@ -82,6 +91,19 @@ def test_readings_are_averaged_block_by_block_and_over_all():
     assert overall(readings) == (pytest.approx(0.3), 2.0)
     with pytest.raises(ValueError, match="nothing was measured: the model has no temporal modules"):
         overall([])
+
+
+def test_readings_are_told_apart_by_level_and_average_to_those_of_the_blocks():
+    values = {("a", 9.0): (0.1, 1.0), ("b", 9.0): (0.5, 3.0), ("a", 0.5): (0.3, 2.0), ("b", 0.5): (0.9, 7.0)}
+    readings = [Reading(*where, *shifts) for where, shifts in values.items()]
+    cells = by_block_and_level(readings)
+    assert {(name, sigma): shifts for name, levels in cells.items() for sigma, shifts in levels.items()} == values
+    assert list(cells) == ["a", "b"] and all(list(levels) == [9.0, 0.5] for levels in cells.values()), "as taken"
+    for name, shifts in by_block(readings).items():
+        assert [fmean(column) for column in zip(*cells[name].values())] == pytest.approx(shifts)
+    levels = by_level(readings)
+    assert list(levels) == [9.0, 0.5]
+    assert levels[9.0] == pytest.approx((0.3, 2.0)) and levels[0.5] == pytest.approx((0.6, 4.5))
 
 
 def shifts(kind: str, x: Tensor, frames: int) -> tuple[float, float]:
