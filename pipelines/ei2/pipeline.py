@@ -18,8 +18,8 @@ from ..videoshop.inversion import GUESSES, sample_edm_inversion
 from .covariate_shift import Probe, Reading
 from .family import TextToImage, load_family
 from .inflation import Inflation, InflationSettings, chosen_blocks, inflated, transformer_blocks
-from .tuning import OneShot, Queries, Subject, one_shot_tune, query_layers
-from .weights import EI2Weights
+from .tuning import OneShot, Queries, Subject, one_shot_tune
+from .weights import EI2Weights, query_layers
 
 Callback = Callable[[dict[str, Any]], None]
 EI2_GUESSES = tuple(guess for guess in GUESSES if guess != "random")  # nothing is drawn in an edit

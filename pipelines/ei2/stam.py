@@ -150,6 +150,12 @@ class TemporalAttention(nn.Module):
         return state
 
 
+def folded_shapes(kind: str, width: int) -> dict[str, tuple[int, ...]]:
+    """What `folded` of a module of a kind holds, without making one."""
+    shapes: dict[str, tuple[int, ...]] = {f"to_{part}.weight": (width, width) for part in ("q", "k", "v", "out")}
+    return shapes | ({"to_out.bias": (width,)} if TEMPORALS[kind].bias else {})
+
+
 def _linear(weight: Tensor, bias: bool = False) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias)
     with torch.no_grad():

@@ -24,7 +24,7 @@ from ..denoiser import EPS, NoisePath
 from ..training import PRECISIONS, State, checkpointed, frozen
 from .inflation import Inflation, InflationSettings, architecture, fresh_temporal, transformer_blocks
 from .stam import SpectralLinear
-from .weights import QUERIES, EI2Weights
+from .weights import EI2Weights, query_layers
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,6 @@ class Queries(nn.Module):
         with torch.no_grad():
             for name, diff in zip(self.layers, self.diffs):
                 diff.copy_(diffs[name]) if name in diffs else diff.zero_()
-
-
-def query_layers(network: nn.Module) -> dict[str, nn.Linear]:
-    """The query projections of self- and cross-attention, by the host's names."""
-    blocks = transformer_blocks(network)
-    return {f"{name}.{layer}": block.get_submodule(layer) for name, block in blocks.items() for layer in QUERIES}
 
 
 def draw_time(sigmas: Tensor, generator: torch.Generator) -> float:

@@ -17,12 +17,19 @@ from torch import nn
 
 from ..files import read_tensors, write_tensors
 from ..training import State
-from .inflation import InflationSettings, architecture, transformer_blocks
-from .stam import TemporalAttention
+from .inflation import NO_TEMPORAL, InflationSettings, architecture, transformer_blocks
+from .stam import TemporalAttention, folded_shapes
 
 FORMAT = "rewind ei2 weights 1"
 PREFIX = "diffusion_model."
 QUERIES = ("attn1.to_q", "attn2.to_q")
+Shapes = dict[str, tuple[int, ...]]
+
+
+def query_layers(network: nn.Module) -> dict[str, nn.Linear]:
+    """The query projections of self- and cross-attention, by the host's names."""
+    blocks = transformer_blocks(network)
+    return {f"{name}.{layer}": block.get_submodule(layer) for name, block in blocks.items() for layer in QUERIES}
 
 
 @dataclass(frozen=True)
@@ -43,37 +50,64 @@ class EI2Weights:
         return f"{clip}\n{', '.join([str(self.settings), *known])}\nfor {_in_short(self.architecture)}"
 
     def check(self, network: nn.Module) -> None:
-        """ValueError unless they fit a text-to-image UNet, of either face."""
+        """ValueError unless they fit a text-to-image UNet, of either face: the architecture, and every tensor.
+
+        A tuning leaves all its tensors; without any, and without a temporal module, they are an attention alone.
+        """
         wanted = architecture(network)
         if wanted != self.architecture:
             raise ValueError(
                 "these EI² weights were tuned on a model of another architecture: they are for "
                 f"{_in_short(self.architecture)}, the model has {_in_short(wanted)}"
             )
+        if self.tensors or self.settings.temporal != NO_TEMPORAL:
+            self._check_tensors(_shapes(network, self.settings.temporal))
+
+    def _check_tensors(self, wanted: Shapes) -> None:
+        """ValueError that names the first tensor which is missing, of another shape, or unknown."""
+        for key, shape in wanted.items():
+            if key not in self.tensors:
+                raise ValueError(f"these EI² weights are damaged at {key}: it is missing")
+            own = tuple(self.tensors[key].shape)
+            if own != shape:
+                raise ValueError(f"these EI² weights are damaged at {key}: it has shape {own}, the model needs {shape}")
+        for key in self.tensors:
+            if key not in wanted:
+                raise ValueError(
+                    f"these EI² weights are damaged at {key}: neither the model nor its temporal modules "
+                    f"({self.settings.temporal}) have such a tensor"
+                )
 
     def temporal(self, network: nn.Module) -> dict[str, TemporalAttention]:
         """The temporal modules by block, ready for inference, on the CPU; none where there are none."""
         self.check(network)
-        modules = {}
+        s, modules = self.settings, {}
+        if s.temporal == NO_TEMPORAL:
+            return {}
         for name, block in transformer_blocks(network).items():
             start = f"{name}.temporal."
             own = {key.removeprefix(start): t for key, t in self.tensors.items() if key.startswith(start)}
-            if own:
-                s = self.settings
-                module = TemporalAttention(
-                    block.attn1.to_q.out_features, block.attn1.heads, s.temporal, s.axes, None, True
-                )
-                try:
-                    module.load_state_dict(own)
-                except RuntimeError as error:
-                    raise ValueError(f"these EI² weights are damaged at {name}: {error}") from error
-                modules[name] = module.eval().requires_grad_(False)
+            module = TemporalAttention(block.attn1.to_q.out_features, block.attn1.heads, s.temporal, s.axes, None, True)
+            module.load_state_dict(own)
+            modules[name] = module.eval().requires_grad_(False)
         return modules
 
     def queries(self, blocks: list[str] | None = None) -> State:
         """The changes of the query projections of some blocks, or of all, by the names of their layers."""
         diffs = {key.removesuffix(".diff"): t for key, t in self.tensors.items() if key.endswith(".diff")}
         return {name: diff for name, diff in diffs.items() if blocks is None or name.rpartition(".attn")[0] in blocks}
+
+
+def _shapes(network: nn.Module, temporal: str) -> Shapes:
+    """What a tuning of a network leaves, with temporal modules of a kind or "none", block by block."""
+    shapes: Shapes = {
+        f"{name}.diff": (layer.out_features, layer.in_features) for name, layer in query_layers(network).items()
+    }
+    if temporal != NO_TEMPORAL:
+        for name, block in transformer_blocks(network).items():
+            own = folded_shapes(temporal, block.attn1.to_q.out_features)
+            shapes |= {f"{name}.temporal.{key}": shape for key, shape in own.items()}
+    return shapes
 
 
 def _in_short(text: str) -> str:

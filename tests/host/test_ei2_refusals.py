@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import fine_tuning
@@ -94,14 +95,31 @@ def test_weights_of_another_architecture_are_refused(host, setting, sd15, weight
         )
 
 
-def test_damaged_weights_are_refused(host, sd15, weights):
-    name = next(name for name in weights.tensors if name.endswith("temporal.to_k.weight"))
-    for tensors in (
-        {key: t for key, t in weights.tensors.items() if key != name},
-        {**weights.tensors, name: torch.zeros(3, 3)},
-    ):
-        with pytest.raises(ValueError, match=f"damaged at {name.partition('.temporal')[0]}"):
-            patch(host, sd15, weights=replace(weights, tensors=tensors))
+@pytest.mark.parametrize("part", ["attn1.to_q.diff", "attn2.to_q.diff", "temporal.to_k.weight"])
+@pytest.mark.parametrize("tensor", [None, torch.zeros(3, 3)], ids=["missing", "shape"])
+def test_damaged_weights_are_refused(host, sd15, weights, never, part, tensor):
+    """By name, whatever the strength, and nothing is left on the MODEL."""
+    name = [name for name in weights.tensors if name.endswith(part)][2]
+    tensors = {key: t for key, t in (weights.tensors | {name: tensor}).items() if t is not None}
+    damaged, before = replace(weights, tensors=tensors), one_shot.state(sd15)
+    told = f"damaged at {re.escape(name)}: " + ("it is missing" if tensor is None else r"it has shape \(3, 3\)")
+    for values in ({}, {"strength": 0.0}, {"blocks": "input"}):
+        with pytest.raises(ValueError, match=told):
+            patch(host, sd15, weights=damaged, **values)
+    with pytest.raises(ValueError, match=told):
+        values = {"samples": {"samples": noisy()}, "conditioning": prompt(sd15)}
+        host.run_node(one_shot.PROBE, model=sd15, weights=damaged, **values)
+    assert not sd15.patches and all(torch.equal(t, before[key]) for key, t in one_shot.state(sd15).items())
+
+
+@pytest.mark.parametrize("family", one_shot.FAMILIES)
+def test_the_tensors_of_a_tuning_fit_the_hosts_networks(host, family):
+    model = one_shot.FAMILIES[family]()
+    for temporal in ("STAM", "Tune-A-Video", "none"):
+        whole = random_weights(host, model, temporal=temporal)
+        whole.check(model.model.diffusion_model)
+        with pytest.raises(ValueError, match="damaged at x.diff: neither the model nor its temporal modules"):
+            replace(whole, tensors=whole.tensors | {"x.diff": torch.zeros(1)}).check(model.model.diffusion_model)
 
 
 @pytest.mark.parametrize("index", [None, 0])

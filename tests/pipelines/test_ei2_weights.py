@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,6 +16,7 @@ import tiny_text_video
 import torch
 
 from rewind.pipelines.ei2.inflation import InflationSettings, architecture, transformer_blocks
+from rewind.pipelines.ei2.stam import TEMPORALS
 from rewind.pipelines.ei2.weights import FORMAT, EI2Weights, load_weights, save_weights
 
 SETTINGS = InflationSettings("sparse-causal", 3, "STAM", "frames + space")
@@ -212,15 +215,74 @@ def test_a_model_of_another_kind_is_told(weights):
         weights.check(tiny_text_video.family("ModelScope").network)
 
 
-def test_tensors_of_another_shape_are_told(network, file, tmp_path):
-    key = f"diffusion_model.{tiny.BLOCKS[2]}.temporal.to_v.weight"
-    path = rewrite(file, tmp_path / "odd.safetensors", {key: torch.zeros(3, 3)})
-    with pytest.raises(ValueError, match=f"these EI² weights are damaged at {tiny.BLOCKS[2]}"):
-        load_weights(path).temporal(network)
+BLOCK = tiny.BLOCKS[2]
+DAMAGED = {  # what is taken out or put in, in one block, and what is told of it
+    "a missing change": ({"attn2.to_q.diff": None}, "it is missing"),
+    "a change of another shape": ({"attn1.to_q.diff": torch.zeros(16, 3)}, r"shape \(16, 3\), .* needs \(16, 16\)"),
+    "a change of another rank": ({"attn1.to_q.diff": torch.zeros(256)}, r"has shape \(256,\)"),
+    "a missing temporal tensor": ({"temporal.to_k.weight": None}, "it is missing"),
+    "a temporal tensor of another shape": ({"temporal.to_v.weight": torch.zeros(3, 3)}, r"has shape \(3, 3\)"),
+    "a bias that STAM has not": ({"temporal.to_out.bias": torch.zeros(16)}, r"modules \(STAM\) have such a tensor"),
+    "an unknown layer": ({"attn1.to_k.diff": torch.zeros(16, 16)}, "neither the model nor its temporal modules"),
+}
 
 
-def test_a_part_of_a_module_that_is_missing_is_told(network, weights):
-    tensors = dict(weights.tensors)
-    del tensors[f"{tiny.BLOCKS[0]}.temporal.to_k.weight"]
-    with pytest.raises(ValueError, match=f"(?s)damaged at {tiny.BLOCKS[0]}.*to_k"):
-        replace(weights, tensors=tensors).temporal(network)
+def changed(weights, change):
+    """Weights with other tensors; None takes one out."""
+    tensors = {key: t for key, t in (weights.tensors | change).items() if t is not None}
+    return replace(weights, tensors=tensors)
+
+
+def refused(weights, network, told):
+    for use in (weights.check, weights.temporal):
+        with pytest.raises(ValueError, match=f"these EI² weights are damaged at {told}"):
+            use(network)
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_tensor_that_does_not_fit_is_named(network, weights, case):
+    parts, told = DAMAGED[case]
+    broken = changed(weights, {f"{BLOCK}.{part}": tensor for part, tensor in parts.items()})
+    refused(broken, network, f"{re.escape(BLOCK)}.{next(iter(parts))}: .*{told}")
+
+
+def test_the_first_of_several_is_named_as_blocks_are_passed_and_what_is_unknown_last(network, weights):
+    missing = {f"{block}.attn1.to_q.diff": None for block in tiny.BLOCKS[:0:-1]}
+    refused(changed(weights, {"a": torch.zeros(1)} | missing), network, f"{tiny.BLOCKS[1]}.attn1.to_q.diff: it is mis")
+    refused(changed(weights, {"a": torch.zeros(1)}), network, "a: neither")
+
+
+def test_a_block_without_its_temporal_module_is_not_passed_over(network, weights):
+    gone = {key: None for key in weights.tensors if key.startswith(f"{BLOCK}.temporal.")}
+    refused(changed(weights, gone), network, f"{BLOCK}.temporal.to_q.weight: it is missing")
+    bare = {key: None for key in weights.tensors if ".temporal." in key}
+    refused(changed(weights, bare), network, f"{tiny.BLOCKS[0]}.temporal.to_q.weight: it is missing")
+    refused(replace(weights, tensors={}), network, f"{tiny.BLOCKS[0]}.attn1.to_q.diff: it is missing")
+
+
+def test_without_a_temporal_module_the_changes_of_the_queries_or_nothing_at_all_will_do(network, weights):
+    settings = replace(SETTINGS, temporal="none")
+    bare = changed(weights, {key: None for key in weights.tensors if ".temporal." in key})
+    for kept in (replace(bare, settings=settings), replace(weights, tensors={}, settings=settings)):
+        kept.check(network)
+        assert kept.temporal(network) == {}
+    refused(replace(weights, settings=settings), network, r".*temporal.to_q.weight: .* modules \(none\) have such")
+    lacking = changed(bare, {f"{BLOCK}.attn1.to_q.diff": None})
+    refused(replace(lacking, settings=settings), network, f"{BLOCK}.attn1.to_q.diff: it is missing")
+
+
+@pytest.mark.parametrize("kind", TEMPORALS)
+def test_what_a_tuning_leaves_fits_with_every_temporal_module(network, weights, kind):
+    settings, tensors = replace(SETTINGS, temporal=kind), {k: t for k, t in weights.tensors.items() if ".diff" in k}
+    for name, module in tiny.temporal(network, settings).items():
+        tensors |= {f"{name}.temporal.{key}": tensor for key, tensor in module.folded().items()}
+    whole = replace(weights, tensors=tensors, settings=settings)
+    whole.check(network)
+    assert list(whole.temporal(network)) == tiny.BLOCKS
+    for key in tensors:
+        refused(changed(whole, {key: None}), network, f"{re.escape(key)}: it is missing")
+
+
+def test_a_structure_without_weights_is_enough(weights, network):
+    """The command checks a file before any model is loaded."""
+    weights.check(copy.deepcopy(network).to("meta"))

@@ -240,6 +240,7 @@ def test_folded_weights_are_the_normalised_module(kind):
     made, x = module(kind), tokens()
     plain = TemporalAttention(WIDTH, HEADS, kind, folded=True)
     plain.load_state_dict(made.folded())
+    assert stam.folded_shapes(kind, WIDTH) == {key: tuple(t.shape) for key, t in made.folded().items()}
     assert not any(isinstance(layer, SpectralLinear) for layer in plain.modules())
     assert torch.allclose(plain(x, FRAMES), made(x, FRAMES), atol=1e-5)
     norms = [norm(layer.weight) for layer in (plain.to_v, plain.to_out)]
