@@ -6,6 +6,7 @@ side of too much, and what it cannot hold beside the weights it moves out of the
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import re
@@ -64,19 +65,48 @@ def longest(samples: Tensor, found: Sequence[Part]) -> Tensor:
     return samples if len(found) < 2 else samples[: max(stop - start for start, stop in found)]
 
 
-def parts_in_words(found: Sequence[Part]) -> str:
-    """ " in 4 parts (of at most 14 frames)", or nothing for one part."""
-    most = max((stop - start for start, stop in found), default=0)
-    return "" if len(found) < 2 else f" in {len(found)} parts (of at most {most} frames)"
+def window_counts(
+    guider: comfy.samplers.CFGGuider, samples: Tensor, steps: int, found: Sequence[Part]
+) -> list[list[int]]:
+    """How many context windows each part of a clip goes in at each step, 1 where the host uses none.
+
+    The host's uniform schedules move the windows from step to step, and with it their number may change.
+    """
+    handler = copy.copy(guider.model_options.get("context_handler"))
+    clips = [samples] if len(found) < 2 else [samples[start:stop] for start, stop in found]
+
+    def count(clip: Tensor, step: int) -> int:
+        # As in the host's `should_use_context`, which logs as well.
+        known = hasattr(handler, "get_context_windows") and handler.dim < clip.ndim
+        if not known or clip.shape[handler.dim] <= handler.context_length:
+            return 1
+        handler._step = step  # of the copy
+        return len(handler.get_context_windows(guider.model_patcher.model, clip, guider.model_options))
+
+    return [[count(clip, step) for step in range(steps)] for clip in clips]
+
+
+def division_in_words(guider: comfy.samplers.CFGGuider, found: Sequence[Part], windows: list[list[int]]) -> str:
+    """ " in 4 parts (of at most 14 frames) of 2 windows (of 8 latent frames)", or what there is of it.
+
+    windows: see `window_counts`.
+    """
+    longest_part = max((stop - start for start, stop in found), default=0)
+    words = "" if len(found) < 2 else f" in {len(found)} parts (of at most {longest_part} frames)"
+    fewest, most = min(map(min, windows)), max(map(max, windows))
+    if most < 2:
+        return words
+    number = f"{most}" if fewest == most else f"{fewest} to {most}"
+    length = guider.model_options["context_handler"].context_length
+    return f"{words} {'of' if words else 'in'} {number} windows (of {length} latent frames)"
 
 
 def sampling_in_words(guider: comfy.samplers.CFGGuider, samples: Tensor, guided: bool) -> str:
     """The most that a sampling takes on its device."""
-    model, windows = guider.model_patcher, guider.model_options.get("context_handler")
+    model = guider.model_patcher
     weights, work = model.model_size(), sampling_bytes(guider, samples, guided)
-    each = "" if windows is None else f"each in context windows of {windows.context_length}; "
     return (
-        f"{each}at most about {in_words(weights + work)} on {model.load_device} ({in_words(weights)} of weights and "
+        f"at most about {in_words(weights + work)} on {model.load_device} ({in_words(weights)} of weights and "
         f"{in_words(work)} to compute, as ComfyUI reckons)"
     )
 
@@ -92,12 +122,14 @@ def tell_inversion(
     found: Sequence[Part],
 ) -> None:
     """Say what an inversion of EDM Inversion costs. dtype: of the trajectory; found: the parts of the clip."""
-    fewest, most = (len(found) * n for n in inversion_evaluations(steps, refine, 2 if guided else 1))
+    windows = window_counts(guider, samples, steps, found)
+    total = sum(map(sum, windows))
+    fewest, most = (total * n for n in inversion_evaluations(1, refine, 2 if guided else 1))
     size = trajectory_bytes(samples.shape, steps, dtype)
     tell(
         node_id,
         "EDM Inversion",
-        f"{evaluations_in_words(fewest, most)}{parts_in_words(found)}; "
+        f"{evaluations_in_words(fewest, most)}{division_in_words(guider, found, windows)}; "
         f"{sampling_in_words(guider, longest(samples, found), guided)}; {in_words(size)} of main "
         f"memory (the clip at {steps + 1} noise levels in {str(dtype).removeprefix('torch.')})",
     )
@@ -119,11 +151,12 @@ def tell_way_back(
 
     first, last, interval: its guidance. more: what else the node does. found: the parts of the clip.
     """
-    evaluations = denoising_evaluations(sigmas, first, last, interval)
-    guided = evaluations > len(sigmas) - 1
+    each = [denoising_evaluations(sigmas[i : i + 2], first, last, interval) for i in range(len(sigmas) - 1)]
+    windows = window_counts(guider, samples, len(each), found)
+    evaluations = sum(count * n for counts in windows for count, n in zip(counts, each, strict=True))
     tell(
         node_id,
         node,
-        f"{evaluations_in_words(max(len(found), 1) * evaluations)}{parts_in_words(found)}{more}; "
-        f"{sampling_in_words(guider, longest(samples, found), guided)}",
+        f"{evaluations_in_words(evaluations)}{division_in_words(guider, found, windows)}{more}; "
+        f"{sampling_in_words(guider, longest(samples, found), max(each) > 1)}",
     )

@@ -40,11 +40,19 @@ def noting(model, events):
     clone = model.clone()
 
     def note(apply_model, args):
-        events.append(args["input"].shape[0] // tiny_models.SHAPES["svd"][0])
+        events.append(len(args["cond_or_uncond"]))
         return apply_model(args["input"], args["timestep"], **args["c"])
 
     clone.set_model_unet_function_wrapper(note)
     return clone
+
+
+def windowed(host, model, **more):
+    """The MODEL in the host's context windows of two frames."""
+    if "ContextWindowsManual" not in host.mappings:
+        pytest.skip(f"ComfyUI {host.version} has no context windows")
+    values = {"context_length": 2, "context_overlap": 1, "dim": 0, "context_schedule": "standard_static"}
+    return host.run_node("ContextWindowsManual", model=model, **values | more)[0]
 
 
 def number(text):
@@ -86,6 +94,35 @@ def test_the_way_back_says_its_evaluations_before_the_first(host, model, told, i
     host.run_node("RewindSVDDenoise", model=noting(model, told), inversion=inversion, **conditions, **inputs)
     text, *calls = told
     assert number(text) == sum(calls) and len(calls) >= STEPS
+
+
+WINDOWS = {
+    "static": ({}, {}, "in 4 windows"),
+    "batched": ({"context_schedule": "batched", "context_length": 3}, {}, "in 2 windows"),
+    "moving": ({"context_schedule": "standard_uniform"}, {}, r"in \d to \d windows"),
+    "looped": ({"context_schedule": "looped_uniform", "closed_loop": True}, {}, "in 5 windows"),
+    "in parts": ({}, {"frames_at_once": 4}, r"in 2 parts \(of at most 3 frames\) of 2 windows"),
+    "too short": ({"context_length": 5}, {}, None),
+}
+
+
+@pytest.mark.parametrize(("settings", "inputs", "words"), WINDOWS.values(), ids=WINDOWS)
+def test_evaluations_in_context_windows_are_told_there_and_back(host, model, told, settings, inputs, words):
+    """As many times as there are windows, also where the host's schedule changes their number from step to step."""
+    negative = tiny_models.conditioning("svd", 2)
+    in_windows = windowed(host, noting(model, told), **settings)
+    *_, inversion = invert(host, in_windows, negative=negative, cfg=2.0, **inputs)
+    runs = [list(told)]
+    told.clear()
+    conditions = {"positive": tiny_models.conditioning("svd", 1), "negative": negative}
+    # Guided at the first levels alone, where the number of windows may be another than at the others.
+    between = {"first_guidance": 1.0, "last_guidance": 3.0, "guidance_from": float(inversion.sigmas[1])}
+    host.run_node("RewindSVDDenoise", model=in_windows, inversion=inversion, **conditions, **between)
+    runs.append(list(told))
+    for text, *calls in runs:
+        assert number(text) == sum(calls) and 2 in calls
+        of_what = r" \(of \d latent frames\); at most about"
+        assert "window" not in text if words is None else re.search(f" network evaluations {words}{of_what}", text)
 
 
 def test_a_round_trip_says_its_evaluations_before_the_first(host, told):
@@ -171,15 +208,13 @@ def test_memory_is_what_the_host_itself_reckons_with(host, model, told, monkeypa
 
 def test_context_windows_count_as_the_host_counts_them(host, model):
     """One window at a time is computed, and that is what is told."""
-    if "ContextWindowsManual" not in host.mappings:
-        pytest.skip(f"ComfyUI {host.version} has no context windows")
-    (windowed,) = host.run_node("ContextWindowsManual", model=model, context_length=2, context_overlap=1, dim=0)
+    in_windows = windowed(host, model)
     costs, sampling = host.module("nodes.host.costs"), host.module("nodes.host.sampling")
     samples, positive = tiny_models.latent("svd")["samples"], tiny_models.conditioning("svd")
-    sizes = [costs.sampling_bytes(sampling.guider(m, positive), samples, False) for m in (model, windowed)]
+    sizes = [costs.sampling_bytes(sampling.guider(m, positive), samples, False) for m in (model, in_windows)]
     assert sizes[1] == pytest.approx(sizes[0] * 2 / 5, rel=0.01)
-    words = costs.sampling_in_words(sampling.guider(windowed, positive), samples, False)
-    assert words.startswith("each in context windows of 2; at most about ")
+    words = costs.sampling_in_words(sampling.guider(in_windows, positive), samples, False)
+    assert words.startswith("at most about ")
 
 
 def test_all_is_logged_and_its_brackets_are_left_out_on_the_page(host, model, monkeypatch, caplog):
