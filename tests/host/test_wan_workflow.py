@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from pathlib import Path
-
-import comfy_host
-import comfy_page
 import native_models
 import pytest
-import tiny_encoders
 import tiny_models
+import tiny_server
 import torch
 from graph import flatten, to_api
 from masks import outside
 from results import frames, node_of, saved_latent
-from shipped import FOLDER, note, read, refusals, settings
+from shipped import note, read, refusals, settings
 
 NAME, OWN = "videoshop_wan_i2v", "videoshop_masked_sampler"
 LOADERS = {"UNETLoader", "CLIPLoader", "CLIPVisionLoader", "VAELoader", "LoadVideo", "LoadImage", "GetVideoComponents"}
 LOADERS |= {"RewindDemoImageToVideo", "RewindDemoClip"}
 CONDITIONING = {"RewindVideoshopConditioning", "ImageFromBatch"}  # and the subgraph that takes their place
 RESULT = {"PreviewImage", "CreateVideo", "SaveVideo"}
-SIZES = {"width": 96, "height": 96, "length": 5}
-STAND_INS = {"CLIPLoader": "TinyTextEncoder", "CLIPVisionLoader": "TinyImageEncoder"}
+SIZES = {"width": 96, "height": 96, "length": 5, "steps": 8}
 
 
 def wiring(workflow: dict) -> dict[tuple, tuple]:
@@ -96,31 +89,14 @@ def test_the_graph_lacks_only_files(server):
 @pytest.fixture(scope="module")
 def wan(host, tmp_path_factory):
     """A server with what a user of the graph has, tiny: (server, the graph in API form at a small size)."""
-    base = tmp_path_factory.mktemp("wan")
-    comfy_page.give_files(base, [FOLDER / f"{NAME}.json"])
-    workflow = read(NAME)
-    named = {node["type"]: node["widgets_values"][0] for node in workflow["nodes"] if node["widgets_values"]}
-    for kind, folder, tensors in (
-        ("UNETLoader", "diffusion_models", native_models.random_weights(host, "wan21_i2v")),
-        ("VAELoader", "vae", tiny_models.wan_vae_weights()),
-    ):
-        native_models.write(tensors, base / "models" / folder / named[kind])
-
-    def install(custom_nodes: Path) -> None:
-        comfy_host.copy_pack(custom_nodes)
-        shutil.copy(tiny_encoders.__file__, custom_nodes / "tiny_encoders.py")
-
-    server = comfy_host.Server(Path(os.environ["REWIND_HOST"]), base, install=install)
-    prompt = to_api(workflow, server.object_info())
-    for node in prompt.values():
-        if node["class_type"] in STAND_INS:
-            node |= {"class_type": STAND_INS[node["class_type"]], "inputs": {}}
-        node["inputs"] |= {name: value for name, value in SIZES.items() if isinstance(node["inputs"].get(name), int)}
-    first = node_of(prompt, "ImageFromBatch", "First frame")
-    prompt[first]["inputs"]["length"] = 1
-    prompt[node_of(prompt, "BasicScheduler")]["inputs"]["steps"] = 8
-    yield server, prompt
-    server.stop()
+    weights = {
+        "UNETLoader": native_models.random_weights(host, "wan21_i2v"),
+        "VAELoader": tiny_models.wan_vae_weights(),
+    }
+    with tiny_server.serving(tmp_path_factory.mktemp("wan"), [NAME], weights) as server:
+        prompt = tiny_server.small(server, NAME, SIZES)
+        prompt[node_of(prompt, "ImageFromBatch", "First frame")]["inputs"]["length"] = 1
+        yield server, prompt
 
 
 def test_it_runs_and_outside_the_mask_it_is_the_source_to_the_bit(host, wan):

@@ -266,8 +266,8 @@ class Models(dict):
         return self[family]
 
 
-def load_vae(host: Any, family: str) -> Any:
-    """A VAE by the host's Load VAE: the small autoencoders that stand in for the family's own, with random weights."""
+def vae_weights(family: str) -> dict[str, torch.Tensor]:
+    """Random weights of the small autoencoder that stands in for a family's own."""
     import comfy.taesd.taehv
     import comfy.taesd.taesd
 
@@ -275,8 +275,14 @@ def load_vae(host: Any, family: str) -> Any:
     network = getattr(comfy.taesd.taesd if kind == "TAESD" else comfy.taesd.taehv, kind)(latent_channels=channels)
     last = (network.taesd_decoder if kind == "TAESD" else network.decoder)[-1]
     tiny_models.randomise(network, 7, 1.0, last, 0.3)
-    tensors = {name: torch.ones(()) if name == "vae_scale" else value for name, value in network.state_dict().items()}
-    (vae,) = host.run_node("VAELoader", vae_name=save(tensors, "vae", f"{kind}_{channels}.safetensors"))
+    return {name: torch.ones(()) if name == "vae_scale" else value for name, value in network.state_dict().items()}
+
+
+def load_vae(host: Any, family: str) -> Any:
+    """A VAE of those weights by the host's Load VAE."""
+    kind, channels = FAMILIES[family].vae
+    name = save(vae_weights(family), "vae", f"{kind}_{channels}.safetensors")
+    (vae,) = host.run_node("VAELoader", vae_name=name)
     return vae
 
 
