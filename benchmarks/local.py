@@ -158,8 +158,7 @@ def report(records: Sequence[Record], seeds: str) -> str:
         "edge against the true edit's; without a mask it is looked for at the true mask's edge. 100 dB is equal to the "
         "bit.\n"
     )
-    if clips < CLIPS:
-        text += f"\nFewer than {CLIPS} clips: a lead, not a result.\n"
+    text += runner.lead(clips, CLIPS)
     if len(kinds) > 1:
         text += f"\n## Mean of {', '.join(kinds)}\n\n{results_table(records)}"
     for kind in kinds:

@@ -25,6 +25,7 @@ from ..pipelines.videoshop.settings import DEFAULT, VideoshopSettings
 from . import runner
 from .statistics import estimate, margin
 from .windows import WindowedPipeline
+from .windows import windows as windows_of
 
 LENGTH, TIMES = 8, 4  # frames of the model, and how many times as long the clips are
 FRAMES = TIMES * LENGTH
@@ -72,8 +73,9 @@ class Job:
 def edited(pipeline: VideoshopPipeline, job: Job, examples: Sequence[Example]) -> list[tuple[Tensor, int]]:
     """The frames [T, 3, H, W] of each edit of a clip, and the network calls of its way back."""
     source, way, generator = examples[0].source, job.way, torch.Generator().manual_seed(job.seed)
+    each = 1  # network calls of an evaluation: over windows, one a window
     if way.windows:
-        pipeline = WindowedPipeline(pipeline, LENGTH, way.own_frame)
+        pipeline, each = WindowedPipeline(pipeline, LENGTH, way.own_frame), len(windows_of(len(source), LENGTH))
     if way.by_hand:
         return [_by_hand(pipeline, job, source, chosen.edited_frame) for chosen in examples]
     settings = replace(job.settings, frames_at_once=way.at_once)
@@ -81,7 +83,7 @@ def edited(pipeline: VideoshopPipeline, job: Job, examples: Sequence[Example]) -
     results = []
     for chosen in examples:
         result = pipeline(source, chosen.edited_frame, settings, progress=False, inversion=inversion)
-        results.append((result.frames, result.evaluations["denoising"]))
+        results.append((result.frames, each * result.evaluations["denoising"]))
     return results
 
 
@@ -292,9 +294,9 @@ def report(records: Sequence[Record], memory: dict[str, dict[str, dict[str, floa
         f"{', '.join(str(i + 1) for i in joins())}, where one part ends; the other ways are measured at the same "
         "places. Flow error: of the object, against its true motion. Colour error: of the mean colour inside the "
         "edited region against the true edit; its step from a frame to the next, and its drift from the first "
-        f"{LENGTH} frames to the last {LENGTH}. A network call is on at most {LENGTH} frames, at once on {FRAMES}.\n\n"
-        f"{results_table(records)}"
+        f"{LENGTH} frames to the last {LENGTH}. A network call is on at most {LENGTH} frames, at once on {FRAMES}.\n"
     )
+    text += f"{runner.lead(clips, CLIPS)}\n{results_table(records)}"
     if clips > 1:
         text += f"\n## Against parts\n\n{gain_table(records)}"
     return text + (

@@ -157,6 +157,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def lead(clips: int, wanted: int) -> str:
+    """A paragraph for a report of fewer clips than a result takes; empty otherwise."""
+    return f"\nFewer than {wanted} clips: a lead, not a result.\n" if clips < wanted else ""
+
+
 def machine() -> str:
     """What a figure of time or of the last digit depends on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"

@@ -189,8 +189,7 @@ def report(records: Sequence[Record], names: Sequence[str], seeds: str) -> str:
         "source, and nearer to it than the source itself is. Evaluations are those of one edit, its inversion "
         "included.\n"
     )
-    if clips < CLIPS:
-        text += f"\nFewer than {CLIPS} clips: a lead, not a result.\n"
+    text += runner.lead(clips, CLIPS)
     text += f"\n{results_table(records, names)}"
     if clips > 1:
         text += (

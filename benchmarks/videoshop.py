@@ -117,8 +117,7 @@ def report(records: Sequence[Record], names: Sequence[str], seeds: str) -> str:
         text += "\nWhere the object is removed, a static edited frame IS the true edit: that row says nothing there.\n"
     if pairs < clips * len(kinds):
         text += "\nOne kind of edit a clip, the kinds in turn (`--in-turn`).\n"
-    if clips < MINIMUM_CLIPS:
-        text += f"\nFewer than {MINIMUM_CLIPS} clips: a lead, not a result.\n"
+    text += runner.lead(clips, MINIMUM_CLIPS)
     if len(kinds) > 1:
         text += f"\n## Mean of {', '.join(kinds)}\n\n{results_table(records, rows)}"
     if clips > 1 and OWN in names:

@@ -102,7 +102,12 @@ def add_edit_inversion(group: Any) -> None:
     file = group.add_mutually_exclusive_group()
     file.add_argument("--save-inversion", type=Path, metavar="FILE.safetensors", help="keep the clip's inversion")
     file.add_argument("--inversion", type=Path, metavar="FILE.safetensors", help="use a kept one instead")
-    group.add_argument("--trajectory", choices=DTYPES, help="precision of the states that are kept (default: float32)")
+    group.add_argument(
+        "--trajectory",
+        choices=DTYPES,
+        help="precision of the clip's states at all noise levels, kept by --save-inversion and for --mask, in main "
+        "memory (default: float32)",
+    )
 
 
 def move_name(text: str) -> str:
@@ -149,7 +154,9 @@ def add_dreamix_sampling(group: Any) -> None:
     group.add_argument("--guidance", type=float, help="by the prompt, 1 is none")
     group.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from")
     group.add_argument("--second-pass", type=float, metavar="S", help="the noise of an edit of the result, 0 for none")
-    group.add_argument("--scale", type=float, help="how much larger the second pass makes the frames")
+    group.add_argument(
+        "--scale", type=float, help="how much larger the second pass makes the frames, 1 is not at all (default: 1.5)"
+    )
 
 
 def add_dreamix_tuning(group: Any) -> None:

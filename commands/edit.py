@@ -56,7 +56,7 @@ class EditJob:
     keep_pixels: bool
     inversion: Inversion | None  # of this clip, from a file
     save_inversion: Path | None
-    trajectory: str  # the precision that it is saved in
+    trajectory: str | None  # the precision that the clip is kept in at every noise level; None keeps none
 
 
 def model_facts(model: str | None) -> ModelFacts:
@@ -96,11 +96,16 @@ def edit_settings(args: argparse.Namespace, inversion: Inversion | None = None) 
     return replace(start, **changes)
 
 
+def keeps_trajectory(args: argparse.Namespace) -> bool:
+    """Whether the edit inverts the clip and keeps it at every noise level: for a file, or to put it back by a mask."""
+    return args.inversion is None and (args.save_inversion is not None or args.mask != NONE)
+
+
 def read_inversion(args: argparse.Namespace) -> Inversion | None:
     """The inversion of --inversion. Raises for one that cannot be used, and for options that it has settled already."""
     if args.inversion is None:
-        if args.trajectory is not None and args.save_inversion is None:
-            raise ValueError("--trajectory is of what --save-inversion keeps: give both, or neither")
+        if args.trajectory is not None and not keeps_trajectory(args):
+            raise ValueError("--trajectory is of what --save-inversion and --mask keep: give one of them too")
         return None
     settled = ["--" + name.replace("_", "-") for name in OF_THE_INVERSION if given(args, name)]
     if settled:
@@ -194,7 +199,7 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
         keep_pixels=args.keep_pixels,
         inversion=inversion,
         save_inversion=args.save_inversion,
-        trajectory=args.trajectory or "float32",
+        trajectory=(args.trajectory or "float32") if keeps_trajectory(args) else None,
     )
 
 
@@ -208,7 +213,7 @@ def tell_costs(job: EditJob) -> None:
         there = "an inversion that is there"
     told = f"{found} parts of at most {s.frames_at_once} frames: " if found > 1 else ""
     say(f"{told}{there}, and {evaluations_in_words(back)} for the way back")
-    if job.save_inversion is not None:
+    if job.trajectory is not None:
         shape = (len(job.clip), 4, job.clip.shape[2] // 8, job.clip.shape[3] // 8)
         size = trajectory_bytes(shape, steps, DTYPES[job.trajectory])
         say(f"the clip at {steps + 1} noise levels in {job.trajectory} takes {in_words(size)} of main memory")
@@ -246,7 +251,7 @@ def run_edit(args: argparse.Namespace) -> int:
     pipeline, inversion = load_pipeline(job.model), job.inversion
     if inversion is not None:
         check_clip_of(inversion, args.inversion, job.clip, pipeline)
-    if job.save_inversion is not None:
+    if job.trajectory is not None:
         inversion = inverted(pipeline, job, generator)
     masked = {"mask": job.mask, "keep_pixels": job.keep_pixels}
     result = pipeline(job.clip, job.edited, job.settings, generator, inversion=inversion, **masked)
@@ -263,10 +268,10 @@ def run_edit(args: argparse.Namespace) -> int:
 
 def inverted(pipeline: VideoshopPipeline, job: EditJob, generator: Generator) -> Inversion:
     """The clip's inversion with its trajectory, saved where the job says."""
-    dtype = DTYPES[job.trajectory]
-    kept = {"keep_trajectory": True, "trajectory_dtype": dtype}
+    kept = {"keep_trajectory": True, "trajectory_dtype": DTYPES[job.trajectory]}
     inversion = pipeline.invert(job.clip, job.settings, generator, mask=job.mask, progress=True, **kept)
-    path = free_name(job.save_inversion, job.force)
-    say(f"{path}: {in_words(file_bytes(inversion))}, for --inversion")
-    save_inversion(path, inversion)
+    if job.save_inversion is not None:
+        path = free_name(job.save_inversion, job.force)
+        say(f"{path}: {in_words(file_bytes(inversion))}, for --inversion")
+        save_inversion(path, inversion)
     return inversion

@@ -22,14 +22,18 @@ CLIP, EDITED, OBJECT = CHOSEN.source[:FRAMES], CHOSEN.edited_frame, (CHOSEN.sour
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the pipeline was asked."""
+    """What the pipeline was asked; its inversion is what it was asked to invert with."""
     calls = []
 
-    def pipeline(video, edited_frame, settings, generator, **options):
-        calls.append(SimpleNamespace(video=video, edited=edited_frame, **options))
-        return VideoshopResult(video, None, None, {"inversion": 1, "denoising": 1})
+    class Pipeline:
+        def invert(self, video, settings, generator, **options):
+            return SimpleNamespace(video=video, **options)
 
-    monkeypatch.setattr(command, "load_pipeline", lambda name: pipeline)
+        def __call__(self, video, edited_frame, settings, generator, **options):
+            calls.append(SimpleNamespace(video=video, edited=edited_frame, **options))
+            return VideoshopResult(video, None, None, {"inversion": 1, "denoising": 1})
+
+    monkeypatch.setattr(command, "load_pipeline", lambda name: Pipeline())
     return calls
 
 
@@ -50,8 +54,9 @@ def edit(folder, *options):
 
 def test_without_the_option_there_is_no_mask(folder, asked, capsys):
     assert edit(folder) == 0
-    assert asked[0].mask is None and asked[0].keep_pixels is False
-    assert "may show" not in capsys.readouterr().out
+    assert asked[0].mask is None and asked[0].keep_pixels is False and asked[0].inversion is None
+    said = capsys.readouterr().out
+    assert "may show" not in said and "main memory" not in said
 
 
 def test_the_automatic_mask_is_that_of_the_edit(folder, asked, capsys):
@@ -65,6 +70,14 @@ def test_the_automatic_mask_is_that_of_the_edit(folder, asked, capsys):
     said = capsys.readouterr().out
     first, last = (f"{float((plain.mask[i] > 0).float().mean()):.0%}" for i in (0, -1))
     assert f"may show in {first} of the first frame and {last} of the last" in said
+
+
+@pytest.mark.parametrize("precision", [None, "float16", "bfloat16"])
+def test_the_states_that_are_put_back_are_kept_in_the_precision_asked_for(folder, asked, precision):
+    assert edit(folder, "--mask", "auto", *(["--trajectory", precision] if precision else [])) == 0
+    made = asked[0].inversion
+    assert made.keep_trajectory and made.trajectory_dtype is getattr(torch, precision or "float32")
+    assert torch.equal(made.video, asked[0].video) and torch.equal(made.mask, asked[0].mask)
 
 
 def test_a_picture_is_the_first_frames_mask_and_follows_the_motion(folder, asked):

@@ -13,6 +13,7 @@ from rewind import cli
 from rewind.commands import edit as command
 from rewind.pipelines.video import read_video, write_image, write_video
 from rewind.pipelines.videoshop.inversion_file import load_inversion
+from rewind.pipelines.videoshop.pipeline import VideoshopPipeline
 
 FRAMES, SIDE = 3, 32
 SHORT = ["--steps", "3", "--size", f"{SIDE}x{SIDE}"]  # of the embedded model
@@ -112,6 +113,22 @@ def test_costs_are_told_before_they_are_paid(folder, tmp_path, capsys, precision
     assert said.index("noise levels") < said.index("kept.safetensors") < said.index("told.mp4")
 
 
+@pytest.mark.parametrize(("precision", "size"), [(None, "3 KiB"), ("float16", "2 KiB")])
+def test_what_a_mask_keeps_is_told_without_a_file_too(folder, capsys, monkeypatch, precision, size):
+    made, invert = [], VideoshopPipeline.invert
+
+    def spy(*arguments, **options):
+        made.append(invert(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(VideoshopPipeline, "invert", spy)
+    options = ["--strength", "1", "--mask", "auto", *(["--trajectory", precision] if precision else []), "--force"]
+    assert edit(folder, "told_masked.mp4", "corner.png", *SHORT, *options) == 0
+    assert f"the clip at 4 noise levels in {precision or 'float32'} takes {size}" in capsys.readouterr().out
+    (inversion,) = made
+    assert inversion.trajectory.numel() == 768 and inversion.trajectory.dtype is getattr(torch, precision or "float32")
+
+
 # --- before any work --------------------------------------------------------------------------------------------------
 
 
@@ -144,7 +161,7 @@ def test_results_that_cannot_be_written_are_refused(folder, capsys):
     for options, message in (
         (["--save-inversion", str(taken)], "exists already; --force overwrites it"),
         (["--save-inversion", str(folder / "clip.mp4")], "must end in .safetensors"),
-        (["--trajectory", "float16"], "give both, or neither"),
+        (["--trajectory", "float16"], "give one of them too"),
     ):
         assert edit(folder, "no.mp4", "edited.png", *SHORT, *options) == 2
         assert message in capsys.readouterr().err

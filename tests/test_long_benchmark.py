@@ -1,4 +1,4 @@
-"""`rewind benchmark long`: its windows are the host's, its ways what they say, its figures those of a known error."""
+"""`rewind benchmark long`: its windows and its ways are what they say, its figures those of a known error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def chosen():
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 
-def test_windows_are_the_hosts_static_ones():
+def test_windows_are_static_and_of_one_length():
     assert windows.windows(32, 8) == [(start, start + 8) for start in range(0, 25, 4)]
     assert windows.windows(10, 8) == [(0, 8), (2, 10)] and windows.windows(8, 8) == [(0, 8)]
     assert windows.pyramid(8).tolist() == [1, 2, 3, 4, 4, 3, 2, 1] and windows.pyramid(5).tolist() == [1, 2, 3, 2, 1]
@@ -80,9 +80,13 @@ def test_a_window_can_be_told_of_its_own_frame_of_the_step_before(pipeline):
 def test_each_way_edits_the_whole_clip(pipeline, chosen, way):
     small = replace(chosen, source=chosen.source[:, :, ::3, ::3], target=chosen.target[:, :, ::3, ::3])
     job = long.Job(1000, ("recolour",), way, QUICK)
+    called = []
+    hook = pipeline.unet.register_forward_hook(lambda *_: called.append(1))
     ((frames, calls),) = long.edited(pipeline, job, [small])
+    hook.remove()
     assert frames.shape == small.source.shape and torch.isfinite(frames).all()
-    assert calls == 2 * (5 if way.at_once else 1)
+    assert calls == 2 * (5 if way.at_once else 7 if way.windows else 1)
+    assert len(called) == 2 * calls, "as many there as back"
     ((other, _),) = long.edited(pipeline, replace(job, seed=1001), [small])
     assert not torch.equal(frames, other), "the seed draws the random direction"
 
@@ -117,6 +121,7 @@ def test_everything_is_measured_and_written(pipeline, tmp_path, capsys, monkeypa
     assert text in capsys.readouterr().out
     assert "2 clips of validation seeds, edits recolour, background" in text
     assert "| 8 frames at once: one window | 5 | 1.00 | 10 | 1.00 |" in text and "| 10 | 2.00 | 20 | 2.00 |" in text
+    assert f"Fewer than {long.CLIPS} clips: a lead, not a result." in text
     assert text.count("inside the noise") == len(long.WAYS) - 1, "all are right here"
     assert len(json.loads((tmp_path / "long.json").read_text())["records"]) == len(records)
 
