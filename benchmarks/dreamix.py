@@ -13,7 +13,7 @@ from ..demo.text_edits import BACKGROUND_ERROR, COLOUR_ERROR, HEADING_ERROR, KIN
 from ..pipelines.dreamix.finetuning import FineTuning
 from ..pipelines.dreamix.pipeline import DreamixSettings
 from . import cost, runner
-from .dreamixing import REFERENCES, SECOND_PASS, SETTINGS, TUNING, Method, Record, jobs, of_kind, work
+from .dreamixing import REFERENCES, SCALE, SECOND_PASS, SETTINGS, TUNING, Method, Record, jobs, of_kind, work
 from .statistics import margin, share
 
 MIXED = "mixed, alpha 0.5"
@@ -142,7 +142,9 @@ def report(
             "fine-tuning in 47 % of motion edits, the clip alone in 25 % and none in 17 %; of style edits none in "
             "67 %.\n\n" + lead_table(records, names)
         )
-    text += f"\n## The second pass (s {SECOND_PASS:g}, of {MIXED})\n\n{second_pass_table(records)}"
+    again = len({r["seed"] for r in records if r.get("second_pass")})
+    text += f"\n## The second pass ({SCALE:g} times as large, s {SECOND_PASS:g}, of {MIXED}; {again} clips)\n\n"
+    text += second_pass_table(records)
     if swept:
         counts = sorted({int(r["method"].split()[0]) for r in swept})
         of_swept = len({r["seed"] for r in swept})

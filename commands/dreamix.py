@@ -172,7 +172,9 @@ def tell_settings(task: str, settings: DreamixSettings, tuning: FineTuning | Non
     learnt = "no fine-tuning" if lora is None else f"the fine-tuning of {lora}"
     if tuning is not None:
         learnt = f"{tuning.steps} steps of fine-tuning with alpha {tuning.alpha:g}"
-    second = f"a second pass at {settings.second_pass:g}" if settings.second_pass else "no second pass"
+    second = "no second pass"
+    if settings.second_pass:
+        second = f"a second pass at {settings.second_pass:g}, {settings.scale:g} times as large"
     degraded = f"factor {settings.factor:g}, stride {settings.stride}"
     say(f"{task}: noise {settings.s:g}, {degraded}; {learnt}; {second}")
 
@@ -187,7 +189,7 @@ def prepare_dreamix(args: argparse.Namespace) -> DreamixJob:
     own = {"s": preset.s, "factor": preset.factor, "stride": preset.stride, "second_pass": preset.second_pass}
     settings = DreamixSettings(**(own | changes))
     changes = {ours: getattr(args, name) for name, ours in TUNING.items() if given(args, name)}
-    # Recomputing costs a third more time, and only large models are short of memory.
+    # Recomputing costs a third to half more time, and only large models are short of memory.
     own = {"steps": preset.fine_tune_steps, "alpha": preset.alpha, "checkpointing": args.model is not None}
     tuning = FineTuning(**(own | changes), seed=args.seed)
     facts = model_facts(args.model)

@@ -44,7 +44,7 @@ class DreamixSettings:
     token: str = "sks"
     place: str = "before the prompt"
     second_pass: float = 0.0
-    scale: float = 1.0
+    scale: float = 1.5
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range."""

@@ -75,7 +75,7 @@ def test_the_second_pass_takes_up_the_first_ones_result_larger(svd):
     assert torch.equal(double.first_pass, single.frames)
     assert double.frames.shape[-2:] == (2 * tiny.HEIGHT, 2 * tiny.WIDTH)
     assert double.evaluations > single.evaluations
-    same_size = svd.edit(tiny.video(), PROMPT, replace(FEW, second_pass=0.4))
+    same_size = svd.edit(tiny.video(), PROMPT, replace(FEW, second_pass=0.4, scale=1.0))
     assert same_size.frames.shape == single.frames.shape and not torch.equal(same_size.frames, single.frames)
 
 
