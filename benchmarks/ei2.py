@@ -61,15 +61,21 @@ def _both(text: str, key: str, digits: int, lower: bool, *pairs: tuple[str, str]
 
 STAM_PAIRS = ((STAM_SPARSE, TUNE_A_VIDEO), (OWN, TUNE_FFAM))
 FFAM_PAIRS = ((TUNE_FFAM, TUNE_A_VIDEO), (OWN, STAM_SPARSE))
+TUNED_PAIRS = ((TUNE_A_VIDEO, PER_FRAME), (OWN, PER_FRAME))
 CLAIMS = (
     *_both("STAM lowers the mean shift", "mean_shift_edit", 3, True, *STAM_PAIRS),
     *_both("STAM lowers the variance shift", "variance_shift_edit", 3, True, *STAM_PAIRS),
     *_both("STAM raises the success of edits at equal tuning", "success", 2, False, *STAM_PAIRS),
+    *_both("STAM is more consistent: warp error", "warp_error", 4, True, *STAM_PAIRS),
+    *_both("STAM is more consistent: path of the object", "path_error", 2, True, *STAM_PAIRS),
+    *_both("STAM is more consistent: similarity of frames", "similarity", 4, False, *STAM_PAIRS),
     Claim("Instance Centering lowers the mean shift", OWN, LAYER_NORM, "mean_shift_edit", 3, True),
     Claim("spectral normalisation lowers the variance shift", OWN, NO_SPECTRAL, "variance_shift_edit", 3, True),
     *_both("FFAM is more consistent: warp error", "warp_error", 4, True, *FFAM_PAIRS),
     *_both("FFAM is more consistent: warp error of the object", "warp_error_object", 4, True, *FFAM_PAIRS),
     *_both("FFAM is more consistent: similarity of frames", "similarity", 4, False, *FFAM_PAIRS),
+    *_both("tuning is more consistent than single frames: warp error", "warp_error", 4, True, *TUNED_PAIRS),
+    *_both("tuning is more consistent than single frames: path of the object", "path_error", 2, True, *TUNED_PAIRS),
 )
 
 
