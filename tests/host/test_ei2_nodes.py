@@ -118,8 +118,7 @@ def test_centred_modules_leave_a_still_clip_as_it_is(host, sd15):
     still, x = noisy(1).expand(3, -1, -1, -1), {}
     for kind in ("STAM", "STAM with LayerNorm"):
         tuned = random_weights(host, sd15, temporal=kind, attention="own frame")
-        modules = {name: t for name, t in tuned.tensors.items() if not name.endswith(".diff")}
-        patched = patch(host, sd15, weights=type(tuned)(modules, tuned.settings, tuned.architecture))
+        patched = patch(host, sd15, weights=one_shot.modules_alone(tuned))
         x[kind] = denoised(host, patched, still)
     near(x["STAM"], denoised(host, sd15, still))
     assert apart(x["STAM with LayerNorm"], x["STAM"])
@@ -295,9 +294,7 @@ def test_it_adds_to_a_lora(host, sd15, weights):
     for name, diff in weights.queries().items():
         baked.model.diffusion_model.get_parameter(f"{name}.weight").data.add_(diff)
     baked.model.get_parameter(f"{LAYER}.weight").data.add_(change)
-    modules = {name: tensor for name, tensor in weights.tensors.items() if not name.endswith(".diff")}
-    modules = type(weights)(modules, weights.settings, weights.architecture)
-    expected = denoised(host, patch(host, baked, weights=modules), x)
+    expected = denoised(host, patch(host, baked, weights=one_shot.modules_alone(weights)), x)
     near(denoised(host, after, x), expected)
     near(denoised(host, before, x), expected)
     assert apart(expected, denoised(host, patch(host, sd15, weights=weights), x))

@@ -15,6 +15,8 @@ from results import frames, node_of, saved_latent
 from safetensors.torch import load_file
 from shipped import tunes
 
+pytestmark = pytest.mark.slow
+
 DREAMIX, EI2 = "dreamix_edit_wan", "ei2_edit_sd15"
 TUNE = {DREAMIX: "RewindDreamixFineTune", EI2: "RewindEI2OneShotTune"}
 RESULT = {DREAMIX: "Second pass: decode", EI2: None}  # title of the VAEDecode that makes it

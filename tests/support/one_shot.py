@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,6 +134,12 @@ def random_weights(host: Any, model: Any, seed: int = 0, scale: float = 1.0, **s
     for name, layer in tuning.query_layers(network).items():
         tensors[f"{name}.diff"] = torch.randn(layer.weight.shape, generator=generator) / layer.in_features**0.5
     return weights.EI2Weights(tensors, chosen, inflation.architecture(network), "a clip", {"steps": 0})
+
+
+def modules_alone(weights: Any) -> Any:
+    """EI2Weights with the queries as they were."""
+    tensors = {key: torch.zeros_like(t) if key.endswith(".diff") else t for key, t in weights.tensors.items()}
+    return replace(weights, tensors=tensors)
 
 
 # --- what is tuned ----------------------------------------------------------------------------------------------------
