@@ -27,12 +27,7 @@ class EI2SaveWeights(io.ComfyNode):
             search_aliases=["save tuning"],
             inputs=[
                 EI2WeightsType.Input("weights", tooltip="What EI² One-Shot Tune learnt."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="ei2",
-                    tooltip="The file's name, to which a number is added. A folder may stand before it, inside "
-                    "models/ei2.",
-                ),
+                files.EI2.prefix_input("ei2"),
                 io.String.Input(
                     "caption",
                     default="",
@@ -80,7 +75,7 @@ class EI2LoadWeights(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, weights_name: str) -> str:
-        return f"{weights_name} {files.EI2.path_of(weights_name).stat().st_mtime_ns}"
+        return files.EI2.stamp(weights_name)
 
     @classmethod
     def execute(cls, weights_name: str) -> io.NodeOutput:

@@ -39,12 +39,7 @@ class SaveInversion(io.ComfyNode):
             search_aliases=["save inverted noise", "cache inversion", "save trajectory"],
             inputs=[
                 InversionType.Input("inversion", tooltip="From EDM Inversion with Noise Extrapolation."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="clip",
-                    tooltip="The file's name, to which a number is added. A folder may stand before it, inside "
-                    "models/inversions.",
-                ),
+                INVERSIONS.prefix_input("clip"),
             ],
             outputs=[],
             is_output_node=True,
@@ -86,7 +81,7 @@ class LoadInversion(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model: Any, inversion_name: str) -> str:
-        return f"{inversion_name} {INVERSIONS.path_of(inversion_name).stat().st_mtime_ns}"
+        return INVERSIONS.stamp(inversion_name)
 
     @classmethod
     def execute(cls, model: Any, inversion_name: str) -> io.NodeOutput:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import folder_paths
+from comfy_api.latest import io
 
 from ...demo.clip import INVERSION
 from ...demo.text_to_image import EI2_WEIGHTS
@@ -35,6 +36,19 @@ class ModelFolder:
         if path is None:
             raise FileNotFoundError(f'{self.none} named "{name}" in models/{self.name}')
         return Path(path)
+
+    def stamp(self, name: str) -> str:
+        """Changes with the file of a name; raises as `path_of`."""
+        return f"{name} {self.path_of(name).stat().st_mtime_ns}"
+
+    def prefix_input(self, default: str) -> io.Input:
+        """The input of a node that saves here, for `free_path`."""
+        return io.String.Input(
+            "filename_prefix",
+            default=default,
+            tooltip="The file's name, to which a number is added. A folder may stand before it, inside "
+            f"models/{self.name}.",
+        )
 
     def free_path(self, prefix: str) -> Path:
         """The first free number of a prefix, in a folder that is there. ValueError for one that leads out of it."""
