@@ -13,7 +13,7 @@ from ..demo.text_edits import BACKGROUND_ERROR, COLOUR_ERROR, HEADING_ERROR, KIN
 from ..pipelines.dreamix.finetuning import FineTuning
 from ..pipelines.dreamix.pipeline import DreamixSettings
 from . import cost, runner
-from .dreamixing import REFERENCES, SCALE, SECOND_PASS, SETTINGS, TUNING, Method, Record, jobs, of_kind, work
+from .dreamixing import REFERENCES, SECOND_PASS, SETTINGS, TUNING, Method, Record, jobs, of_kind, work
 from .statistics import margin, share
 
 MIXED = "mixed, alpha 0.5"
@@ -143,7 +143,9 @@ def report(
             "67 %.\n\n" + lead_table(records, names)
         )
     again = len({r["seed"] for r in records if r.get("second_pass")})
-    text += f"\n## The second pass ({SCALE:g} times as large, s {SECOND_PASS:g}, of {MIXED}; {again} clips)\n\n"
+    text += (
+        f"\n## The second pass ({settings.scale:g} times as large, s {SECOND_PASS:g}, of {MIXED}; {again} clips)\n\n"
+    )
     text += second_pass_table(records)
     if swept:
         counts = sorted({int(r["method"].split()[0]) for r in swept})

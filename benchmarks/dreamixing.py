@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from ..demo.text_edits import KINDS, VARIANTS, Score, TextExample, score, text_example
 from ..pipelines.dreamix.finetuning import FineTuning
@@ -16,7 +15,7 @@ from ..pipelines.dreamix.presets import PRESETS
 
 SETTINGS = DreamixSettings()
 TUNING = FineTuning()
-SECOND_PASS, SCALE = 0.3, 1.5  # s of the rows that have a second pass, and how much larger its frames are
+SECOND_PASS = 0.3  # s, of the rows that have one
 
 Record = dict[str, Any]
 
@@ -67,19 +66,14 @@ def work(pipeline: DreamixPipeline, job: Job) -> list[Record]:
     second_pass = SECOND_PASS if job.method.second_pass else 0.0
     records = []
     for variant, example in chosen:
-        settings = replace(of_kind(job.settings, example.kind), second_pass=second_pass, scale=SCALE)
+        settings = replace(of_kind(job.settings, example.kind), second_pass=second_pass)
         # The pipeline puts the token into the prompt where there is something that it stands for.
         result = pipeline.edit(example.source, example.prompt(""), settings, _noise_seed(job, variant), lora)
         more = {"evaluations": result.evaluations, "second_pass": None}
         if job.method.second_pass:
-            more["second_pass"] = _told(score(example, at_size_of(example.source, result.frames)))
+            more["second_pass"] = _told(score(example, result.frames))
         records.append(_record(job, job.method.name, variant, example, score(example, result.first_pass)) | more)
     return records
-
-
-def at_size_of(clip: Tensor, frames: Tensor) -> Tensor:
-    """Frames [T, 3, H, W] made smaller to a clip's size, at which they are read."""
-    return interpolate(frames, clip.shape[-2:], mode="bilinear", antialias=True)
 
 
 def of_kind(settings: DreamixSettings, kind: str) -> DreamixSettings:

@@ -23,9 +23,9 @@ from ..pipelines.videoshop.parts import parts
 from ..pipelines.videoshop.pipeline import VideoshopPipeline
 from ..pipelines.videoshop.settings import DEFAULT, VideoshopSettings
 from . import runner
+from .editing import counted
 from .statistics import estimate, margin
 from .windows import WindowedPipeline
-from .windows import windows as windows_of
 
 LENGTH, TIMES = 8, 4  # frames of the model, and how many times as long the clips are
 FRAMES = TIMES * LENGTH
@@ -73,17 +73,17 @@ class Job:
 def edited(pipeline: VideoshopPipeline, job: Job, examples: Sequence[Example]) -> list[tuple[Tensor, int]]:
     """The frames [T, 3, H, W] of each edit of a clip, and the network calls of its way back."""
     source, way, generator = examples[0].source, job.way, torch.Generator().manual_seed(job.seed)
-    each = 1  # network calls of an evaluation: over windows, one a window
     if way.windows:
-        pipeline, each = WindowedPipeline(pipeline, LENGTH, way.own_frame), len(windows_of(len(source), LENGTH))
+        pipeline = WindowedPipeline(pipeline, LENGTH, way.own_frame)
     if way.by_hand:
         return [_by_hand(pipeline, job, source, chosen.edited_frame) for chosen in examples]
     settings = replace(job.settings, frames_at_once=way.at_once)
     inversion = pipeline.invert(source, settings, generator)
     results = []
     for chosen in examples:
-        result = pipeline(source, chosen.edited_frame, settings, progress=False, inversion=inversion)
-        results.append((result.frames, each * result.evaluations["denoising"]))
+        with counted(pipeline.unet) as calls:
+            result = pipeline(source, chosen.edited_frame, settings, progress=False, inversion=inversion)
+        results.append((result.frames, len(calls)))
     return results
 
 
