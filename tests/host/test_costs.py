@@ -8,6 +8,7 @@ import fine_tuning
 import pytest
 import tiny_models
 import torch
+from context_windows import windowed
 
 STEPS = 4
 
@@ -45,14 +46,6 @@ def noting(model, events):
 
     clone.set_model_unet_function_wrapper(note)
     return clone
-
-
-def windowed(host, model, **more):
-    """The MODEL in the host's context windows of two frames."""
-    if "ContextWindowsManual" not in host.mappings:
-        pytest.skip(f"ComfyUI {host.version} has no context windows")
-    values = {"context_length": 2, "context_overlap": 1, "dim": 0, "context_schedule": "standard_static"}
-    return host.run_node("ContextWindowsManual", model=model, **values | more)[0]
 
 
 def number(text):
@@ -110,7 +103,7 @@ WINDOWS = {
 def test_evaluations_in_context_windows_are_told_there_and_back(host, model, told, settings, inputs, words):
     """As many times as there are windows, also where the host's schedule changes their number from step to step."""
     negative = tiny_models.conditioning("svd", 2)
-    in_windows = windowed(host, noting(model, told), **settings)
+    in_windows = windowed(host, noting(model, told), **{"context_length": 2} | settings)
     *_, inversion = invert(host, in_windows, negative=negative, cfg=2.0, **inputs)
     runs = [list(told)]
     told.clear()
@@ -208,7 +201,7 @@ def test_memory_is_what_the_host_itself_reckons_with(host, model, told, monkeypa
 
 def test_context_windows_count_as_the_host_counts_them(host, model):
     """One window at a time is computed, and that is what is told."""
-    in_windows = windowed(host, model)
+    in_windows = windowed(host, model, context_length=2)
     costs, sampling = host.module("nodes.host.costs"), host.module("nodes.host.sampling")
     samples, positive = tiny_models.latent("svd")["samples"], tiny_models.conditioning("svd")
     sizes = [costs.sampling_bytes(sampling.guider(m, positive), samples, False) for m in (model, in_windows)]

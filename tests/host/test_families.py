@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import context_windows
 import native_models
 import pytest
 import tiny_models
@@ -276,11 +277,10 @@ def test_context_windows_apply_there_and_back(host, models, family):
     frames, dim = 5, 0 if len(FAMILIES[family].shape) == 4 else 2
     shape = [frames if axis == dim else size for axis, size in enumerate(FAMILIES[family].shape)]
     counting, calls = tiny_models.counted(models[family])
-    values = {"context_length": 3, "context_overlap": 1, "dim": dim, "context_schedule": "standard_static"}
-    known = host.mappings["ContextWindowsManual"].INPUT_TYPES()
-    if "causal_window_fix" in {**known["required"], **known.get("optional", {})}:
+    values = {"dim": dim}
+    if "causal_window_fix" in context_windows.known_inputs(host):
         values["causal_window_fix"] = family != "svd"  # a frame more in a window, of which the host's SVD is not told
-    (windowed,) = host.run_node("ContextWindowsManual", model=counting, **values)
+    windowed = context_windows.windowed(host, counting, **values)
     latent = {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(3))}
     positive = native_models.conditioning(family, frames=frames)
     sigmas = native_models.sigmas(windowed, family, STEPS)

@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 
 import comfy_host
+import context_windows
 import pytest
 import tiny_models
 import torch
@@ -170,19 +171,10 @@ def test_cancel_stops_a_later_part_too(host, model, conditions, source):
 # --- context windows --------------------------------------------------------------------------------------------------
 
 
-def known_inputs(host):
-    """The inputs of the host's node, by name."""
-    if "ContextWindowsManual" not in host.mappings:
-        pytest.skip(f"ComfyUI {host.version} has no context windows node")
-    known = host.mappings["ContextWindowsManual"].INPUT_TYPES()
-    return {**known["required"], **known.get("optional", {})}
-
-
 def windowed(host, model, **more):
-    fix = "causal_window_fix" in known_inputs(host)
-    values = {"context_length": 3, "context_overlap": 1, "dim": 0, "context_schedule": "standard_static"}
-    values |= {"causal_window_fix": False} if fix else {}
-    return host.run_node("ContextWindowsManual", model=model, **values | more)[0], fix
+    fix = "causal_window_fix" in context_windows.known_inputs(host)
+    values = {"causal_window_fix": False} if fix else {}
+    return context_windows.windowed(host, model, **values | more), fix
 
 
 def test_context_windows_go_there_and_back(host, model, conditions, source):
@@ -220,17 +212,17 @@ def test_a_frame_more_in_a_window_is_left_out(host, model, conditions, source):
 
 def test_the_benchmarks_windows_are_the_hosts(host):
     """`rewind benchmark long` has windows of its own, since it runs without the host."""
-    own, inputs = host.module("benchmarks.windows"), known_inputs(host)
-    from comfy import context_windows
+    own, inputs = host.module("benchmarks.windows"), context_windows.known_inputs(host)
+    from comfy import context_windows as hosts
 
     assert inputs["context_overlap"][1]["default"] == own.OVERLAP
     for length in (2, 3, 5, 8, 9, 16):
         handler = SimpleNamespace(context_length=length, context_overlap=min(own.OVERLAP, length // 2))
         for count in (1, 7, 8, 9, 10, 12, 13, 31, 32, 33):
-            theirs = context_windows.create_windows_static_standard(count, handler, {})
+            theirs = hosts.create_windows_static_standard(count, handler, {})
             assert [list(range(*window)) for window in own.windows(count, length)] == theirs, (count, length)
     for length in range(1, 17):
-        assert own.pyramid(length).tolist() == context_windows.create_weights_pyramid(length), length
+        assert own.pyramid(length).tolist() == hosts.create_weights_pyramid(length), length
 
 
 # --- the workflow -----------------------------------------------------------------------------------------------------

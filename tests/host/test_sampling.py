@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_models
 import torch
+from context_windows import windowed
 
 STEPS = 6
 
@@ -198,18 +199,9 @@ def test_weight_patches_apply(host, model, inputs):
 
 
 def test_context_windows_apply(host, model, inputs):
-    if "ContextWindowsManual" not in host.mappings:
-        pytest.skip(f"ComfyUI {host.version} has no context windows node")
     counting, calls = tiny_models.counted(model)
-    (windowed,) = host.run_node(
-        "ContextWindowsManual",
-        model=counting,
-        context_length=3,
-        context_overlap=1,
-        dim=0,
-        context_schedule="standard_static",
-    )
-    result = host.run_node("RewindEDMInversion", model=windowed, **inputs, strength=1.0)[0]["samples"]
+    in_windows = windowed(host, counting)
+    result = host.run_node("RewindEDMInversion", model=in_windows, **inputs, strength=1.0)[0]["samples"]
     assert result.shape == inputs["latent"]["samples"].shape and torch.isfinite(result).all()
     assert {shape[0] for shape in calls} == {3} and len(calls) > STEPS
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import native_models
 import pytest
 import torch
+from context_windows import known_inputs, windowed
 
 FRAMES, LENGTH = 5, 3
 GIVEN = slice(0, 4)  # the channels of Wan's condition that say where a frame is given; the picture's follow
@@ -13,16 +14,6 @@ GIVEN = slice(0, 4)  # the channels of Wan's condition that say where a frame is
 @pytest.fixture(scope="module")
 def models(host):
     return native_models.Models(host)
-
-
-def windowed(host, model, **settings):
-    values = {"context_length": LENGTH, "context_overlap": 1, "dim": 2, "context_schedule": "standard_static"}
-    return host.run_node("ContextWindowsManual", model=model, **values | settings)[0]
-
-
-def inputs_of(host):
-    known = host.mappings["ContextWindowsManual"].INPUT_TYPES()
-    return {**known["required"], **known.get("optional", {})}
 
 
 def told_conditions(host, model, family, **settings):
@@ -35,7 +26,7 @@ def told_conditions(host, model, family, **settings):
 
     spying.set_model_unet_function_wrapper(note)
     latent = {"samples": torch.randn(1, 16, FRAMES, 8, 8, generator=torch.Generator().manual_seed(3))}
-    for patched in (spying, windowed(host, spying, **settings)):
+    for patched in (spying, windowed(host, spying, context_length=LENGTH, dim=2, **settings)):
         host.run_node(
             "RewindEDMInversion",
             model=patched,
@@ -60,7 +51,7 @@ def test_only_the_windows_that_hold_the_first_frame_are_told_of_it(host, models,
 @pytest.mark.parametrize("added", [True, False], ids=["a frame added", "none added"])
 def test_a_retained_condition_tells_every_window(host, models, family, added):
     """The place is the added frame's, where there is one: the host takes that off the result."""
-    if "cond_retain_index_list" not in inputs_of(host):
+    if "cond_retain_index_list" not in known_inputs(host):
         pytest.skip(f"ComfyUI {host.version} has no such setting in its node")
     settings = {"cond_retain_index_list": "0", "causal_window_fix": added}
     whole, first, second = told_conditions(host, models[family], family, **settings)
