@@ -18,8 +18,9 @@ from ..pipelines.ei2.ffam import ATTENTIONS
 from ..pipelines.ei2.inflation import NO_TEMPORAL, PLACES, InflationSettings
 from ..pipelines.ei2.stam import AXES, TEMPORALS
 from ..pipelines.ei2.tuning import OneShot
+from ..pipelines.videoshop.costs import evaluations_in_words
 from .figures import bars, loss_curves, shaded_table, stacked, to_tensor
-from .host import costs, one_shot, patches
+from .host import costs, one_shot, patches, sampling
 from .host.schema import ADVANCED, EI2WeightsType, Schema
 from .host.training import precision_of
 
@@ -314,6 +315,7 @@ class CovariateShiftProbe(io.ComfyNode):
                 io.Float.Output("variance_shift", tooltip="Of all blocks and noise levels: 0 is none."),
                 io.String.Output("table", tooltip="The numbers block by block, as Markdown."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -321,6 +323,9 @@ class CovariateShiftProbe(io.ComfyNode):
         one_shot.check_model(model)
         one_shot.check_text(model, conditioning, "conditioning")
         latents = one_shot.check_clip(model, samples)
+        memory = costs.sampling_in_words(sampling.guider(model, conditioning), latents, False)
+        told = f"{evaluations_in_words(len(TIMES))}; {memory}"
+        costs.tell(cls.hidden.unique_id, "Covariate-Shift Probe", told)
         readings = one_shot.probe_shift(model, latents, conditioning, weights, TIMES, seed)
         readings = [replace(r, block=r.block.replace(".transformer_blocks.", ".")) for r in readings]
         shifts = overall(readings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -10,7 +11,9 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..pipelines.evaluation.memory import in_words
 from ..pipelines.motion import Flow, Raft, lucas_kanade
+from ..pipelines.videoshop.costs import evaluations_in_words, flow_bytes, mask_bytes
 from ..pipelines.videoshop.inversion import Inversion
 from ..pipelines.videoshop.masks import (
     DEFAULT_MASK,
@@ -22,7 +25,7 @@ from ..pipelines.videoshop.masks import (
     edit_mask,
 )
 from ..pipelines.videoshop.parts import parts_of
-from .host import sampling
+from .host import costs, sampling
 from .host.encoding import as_images, check_images
 from .host.noise import IN_PARTS
 from .host.schema import ADVANCED, InversionType, OpticalFlowType, Schema
@@ -71,6 +74,17 @@ def _flow(optical_flow: Any) -> Flow:
     return lambda frame, other: lucas_kanade(frame.to(device), other.to(device)).to(frame.device)
 
 
+def _costs_in_words(optical_flow: Any, frames: Tensor, feather: int) -> str:
+    """What the mask of a clip [T, 3, H, W] costs; flow without weights is no network's."""
+    count, _, height, width = frames.shape
+    flow = evaluations_in_words(count - 1) if optical_flow is not None else f"the motion of {count - 1} pairs of frames"
+    device = comfy.model_management.get_torch_device() if optical_flow is None else optical_flow.load_device
+    there, here = flow_bytes(height, width, optical_flow is not None), mask_bytes(count, height, width, feather)
+    if device.type == "cuda":
+        return f"{flow}; at most about {in_words(there)} on {device}; {in_words(here)} of main memory"
+    return f"{flow}; at most about {in_words(there + here)} of main memory"
+
+
 class EditMask(io.ComfyNode):
     """Where a first frame was edited, followed through the clip."""
 
@@ -105,6 +119,7 @@ class EditMask(io.ComfyNode):
             outputs=[
                 io.Mask.Output("mask", tooltip="One mask a frame, 1 where the edit may show: connect to SVD Denoise.")
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -139,6 +154,7 @@ class EditMask(io.ComfyNode):
             bar.update_absolute(number)
 
         settings = MaskSettings(threshold, grow, feather)
+        costs.tell(cls.hidden.unique_id, "Edit Mask", _costs_in_words(optical_flow, frames, feather))
         return io.NodeOutput(edit_mask(frames, edited[0], settings, _flow(optical_flow), first_mask, tell))
 
 
@@ -170,6 +186,7 @@ class MaskedSampler(io.ComfyNode):
                     tooltip="Connect to SamplerCustomAdvanced; a normalised clip comes out in its own scale.",
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -190,7 +207,8 @@ class MaskedSampler(io.ComfyNode):
             x = x if normalisation is None else normalisation.undo(x)
             return composite(x, inversion.source, masked)
 
-        return io.NodeOutput(sampling.euler_sampler(finish, put_back))
+        before = partial(costs.tell_sampling, cls.hidden.unique_id, "Masked Sampler", 0)
+        return io.NodeOutput(sampling.euler_sampler(finish, put_back, before))
 
 
 class SourceComposite(io.ComfyNode):

@@ -10,11 +10,12 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..pipelines.evaluation.memory import in_words
 from ..pipelines.videoshop.latents import NORMALISATIONS, augment, normalise, rescale, whiten_condition
 from ..pipelines.videoshop.masks import latent_mask
 from ..pipelines.videoshop.settings import DEFAULT
-from .host import checks
-from .host.encoding import check_images
+from .host import checks, costs
+from .host.encoding import check_images, encoding_bytes, is_video_vae
 from .host.schema import ADVANCED, Schema
 
 CATEGORY = "Rewind/Videoshop"
@@ -164,6 +165,7 @@ class VideoshopConditioning(io.ComfyNode):
                 io.Latent.Output("source_latent", tooltip="The clip, one latent a frame: connect to Latent Normalize."),
                 io.Latent.Output("edited_latent", tooltip="The edited frame: the reference of Latent Rescale."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -185,8 +187,20 @@ class VideoshopConditioning(io.ComfyNode):
         check_same_shape(clip, edited_frame)
         if len(frames) < 2:
             raise ValueError("the clip has 1 frame: connect all frames of the clip, at least 2")
+        if is_video_vae(vae):
+            raise ValueError(
+                "this VAE takes a clip as a whole, as those of Wan do: connect that of Stable Video Diffusion, which "
+                "comes with its MODEL from Image Only Checkpoint Loader (img2vid model)"
+            )
         ids = {"motion_bucket_id": motion_bucket_id, "fps": fps, "augmentation_level": augmentation_level}
         noise = torch.randn(edited.shape, generator=torch.Generator().manual_seed(seed)).to(edited.device)
+        costs.tell(
+            cls.hidden.unique_id,
+            "Videoshop Conditioning",
+            f"{len(frames) + 3} frames through the VAE (the clip, its first frame, and the edited one twice); about "
+            f"{in_words(encoding_bytes(vae, frames))} a frame on {vae.device} (as ComfyUI reckons; it encodes as many "
+            "at once as it has room for)",
+        )
 
         def pair(image: Tensor, original: Tensor, whiten: bool) -> tuple[list, list]:
             embedding = clip_vision.encode_image(original[..., :3]).image_embeds.unsqueeze(0)

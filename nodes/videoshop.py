@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -286,6 +287,7 @@ class EDMInversionSampler(io.ComfyNode):
             outputs=[
                 io.Sampler.Output("sampler", tooltip="Connect to SamplerCustomAdvanced; it runs from clean to noise.")
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -299,6 +301,11 @@ class EDMInversionSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         return io.NodeOutput(
             sampling.inversion_sampler(
-                guess_above=guess_above, guess_below=guess_below, threshold=threshold, refine=refine, damping=damping
+                before=partial(costs.tell_sampling, cls.hidden.unique_id, "EDM Inversion Sampler", refine),
+                guess_above=guess_above,
+                guess_below=guess_below,
+                threshold=threshold,
+                refine=refine,
+                damping=damping,
             )
         )

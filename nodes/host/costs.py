@@ -24,6 +24,7 @@ from ...pipelines.evaluation.memory import in_words
 from ...pipelines.videoshop.costs import denoising_evaluations, evaluations_in_words, inversion_evaluations
 from ...pipelines.videoshop.parts import Part
 from ...pipelines.videoshop.trajectory import trajectory_bytes
+from .sampling import plainly_guided, without_negative
 from .schema import show_text
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,35 @@ def sampling_in_words(guider: comfy.samplers.CFGGuider, samples: Tensor, guided:
     )
 
 
+def sides(guider: comfy.samplers.CFGGuider) -> tuple[int, int]:
+    """The fewest and the most sides of the guidance that one network call of a guider computes.
+
+    A guidance of another pack's, or of DualCFGGuider, may leave sides out.
+    """
+    most = len(guider.original_conds)
+    if not plainly_guided(guider):
+        return 1, most
+    return (1, 1) if without_negative(guider, guider.model_options) else (most, most)
+
+
+def tell_sampling(
+    node_id: str | None, node: str, refine: int, guider: comfy.samplers.CFGGuider, samples: Tensor, sigmas: Tensor
+) -> None:
+    """Say what a SAMPLER costs under a guider, there or back, on levels [steps + 1].
+
+    refine: most repetitions of a step.
+    """
+    windows, (fewest, most) = window_counts(guider, samples, len(sigmas) - 1, ()), sides(guider)
+    calls = sum(map(sum, windows))
+    evaluations = inversion_evaluations(calls, refine, fewest)[0], inversion_evaluations(calls, refine, most)[1]
+    tell(
+        node_id,
+        node,
+        f"{evaluations_in_words(*evaluations)}{division_in_words(guider, (), windows)}; "
+        f"{sampling_in_words(guider, samples, most > 1)}",
+    )
+
+
 def tell_inversion(
     node_id: str | None,
     guider: comfy.samplers.CFGGuider,
@@ -123,13 +153,12 @@ def tell_inversion(
 ) -> None:
     """Say what an inversion of EDM Inversion costs. dtype: of the trajectory; found: the parts of the clip."""
     windows = window_counts(guider, samples, steps, found)
-    total = sum(map(sum, windows))
-    fewest, most = (total * n for n in inversion_evaluations(1, refine, 2 if guided else 1))
+    evaluations = inversion_evaluations(sum(map(sum, windows)), refine, 2 if guided else 1)
     size = trajectory_bytes(samples.shape, steps, dtype)
     tell(
         node_id,
         "EDM Inversion",
-        f"{evaluations_in_words(fewest, most)}{division_in_words(guider, found, windows)}; "
+        f"{evaluations_in_words(*evaluations)}{division_in_words(guider, found, windows)}; "
         f"{sampling_in_words(guider, longest(samples, found), guided)}; {in_words(size)} of main "
         f"memory (the clip at {steps + 1} noise levels in {str(dtype).removeprefix('torch.')})",
     )

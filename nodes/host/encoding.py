@@ -58,6 +58,12 @@ def encode_clip(vae: Any, frames: Tensor) -> Tensor:
     return vae.encode(frames)
 
 
+def encoding_bytes(vae: Any, frames: Tensor) -> int:
+    """What ComfyUI reckons that encoding one of some frames [T, H, W, 3] takes beside the weights."""
+    count, height, width, channels = frames.shape
+    return int(vae.memory_used_encode((count, channels, height, width), vae.vae_dtype))
+
+
 def sees_clips(vae: Any) -> bool:
     """Whether a VAE takes the latents that it decodes at once for one clip (Stable Video Diffusion's)."""
     return isinstance(getattr(vae.first_stage_model, "decoder", None), VideoDecoder)

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 AUTOMATIC = "automatic"  # a scheduler that is chosen by the kind of model
 Step = dict[str, Any]  # what a sampler of `pipelines` tells after each step
+Before = Callable[[comfy.samplers.CFGGuider, Tensor, Tensor], None]  # told of a guider, the latent and the levels
 
 
 def noise_path(model_sampling: torch.nn.Module) -> NoisePath:
@@ -56,6 +57,31 @@ def noise_path(model_sampling: torch.nn.Module) -> NoisePath:
     )
 
 
+def plainly_guided(guider: comfy.samplers.CFGGuider) -> bool:
+    """Whether a guider's guidance is by `cfg` alone; one with a prediction of its own (DualCFGGuider) has another."""
+    return type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
+
+
+def without_negative(guider: comfy.samplers.CFGGuider, options: dict[str, Any]) -> bool:
+    """Whether the host leaves out the negative side, as it does at guidance 1. options: of the model."""
+    at_one = math.isclose(guider.cfg, 1.0) and not options.get("disable_cfg1_optimization", False)
+    return plainly_guided(guider) and at_one
+
+
+def fit_windows(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a MODEL with context windows that fit Stable Video Diffusion.
+
+    Newer hosts add the clip's first frame to every later window (`causal_window_fix`), for VAEs that pack frames, but
+    do not tell Stable Video Diffusion of it, which then fails. Its own frames are not packed.
+    """
+    handler = options.get("context_handler")
+    if not is_svd(model) or not getattr(handler, "causal_window_fix", False):
+        return options
+    handler = copy.copy(handler)
+    handler.causal_window_fix = False
+    return {**options, "context_handler": handler}
+
+
 class DirectSampler(comfy.samplers.Sampler):
     """A SAMPLER that runs a function of `pipelines` from the latent as it is.
 
@@ -63,12 +89,18 @@ class DirectSampler(comfy.samplers.Sampler):
     1 - sigma at the end: on the way to an inverted latent and back all three are wrong.
 
     function: (denoiser, x, sigmas, noise, path, extra_args, callback) -> x, in model space, sigmas descending.
-    on_step gets each step's dict.
+    on_step gets each step's dict; before is called when all is checked, ahead of the first network call.
     """
 
-    def __init__(self, function: Callable[..., Tensor], on_step: Callable[[Step], None] | None = None):
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        on_step: Callable[[Step], None] | None = None,
+        before: Before | None = None,
+    ):
         self.function = function
         self.on_step = on_step
+        self.before = before
 
     def sample(
         self,
@@ -91,12 +123,13 @@ class DirectSampler(comfy.samplers.Sampler):
             logger.warning("the noise_mask in the LATENT is not applied: the whole clip is inverted")
         model_sampling = model_wrap.inner_model.model_sampling
         path = noise_path(model_sampling)
-        options = extra_args.get("model_options", {})
-        # At guidance 1 the host leaves out the negative side, and a guidance function such as VideoLinearCFGGuidance's
-        # would mix its zeros in. (A guider with a prediction of its own, DualCFGGuider, has other guidance than `cfg`.)
-        plain = type(model_wrap).predict_noise is comfy.samplers.CFGGuider.predict_noise
-        if plain and math.isclose(model_wrap.cfg, 1.0) and not options.get("disable_cfg1_optimization", False):
+        options = fit_windows(model_wrap.model_patcher, extra_args.get("model_options", {}))
+        # A guidance function such as VideoLinearCFGGuidance's would mix in zeros for the negative side.
+        if without_negative(model_wrap, options):
             options.pop("sampler_cfg_function", None)
+        levels = schedule(sigmas, model_sampling)
+        if self.before is not None:
+            self.before(model_wrap, latent_image, levels)
 
         def denoiser(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
             # The progress bar asks too, but not at every call.
@@ -112,15 +145,17 @@ class DirectSampler(comfy.samplers.Sampler):
         return self.function(
             denoiser,
             latent_image,
-            schedule(sigmas, model_sampling),
+            levels,
             noise=noise,
             path=path,
-            extra_args=extra_args,
+            extra_args={**extra_args, "model_options": options},
             callback=report,
         )
 
 
-def inversion_sampler(on_step: Callable[[Step], None] | None = None, **options: Any) -> DirectSampler:
+def inversion_sampler(
+    on_step: Callable[[Step], None] | None = None, before: Before | None = None, **options: Any
+) -> DirectSampler:
     """EDM inversion as a SAMPLER; the noise it is given is the random direction. options: see sample_edm_inversion."""
 
     def invert(denoiser, x, sigmas, *, noise, path, extra_args, callback):
@@ -133,11 +168,13 @@ def inversion_sampler(on_step: Callable[[Step], None] | None = None, **options: 
             denoiser, x, sigmas.flip(0), extra_args, callback, disable=True, path=path, noise=noise, **options
         )
 
-    return DirectSampler(invert, on_step)
+    return DirectSampler(invert, on_step, before)
 
 
 def euler_sampler(
-    finish: Callable[[Tensor], Tensor] | None = None, put_back: Callable[[Tensor, float], Tensor] | None = None
+    finish: Callable[[Tensor], Tensor] | None = None,
+    put_back: Callable[[Tensor, float], Tensor] | None = None,
+    before: Before | None = None,
 ) -> DirectSampler:
     """The Euler sampler that the inversion inverts, from the latent as it is; `finish` is applied to its result.
 
@@ -148,20 +185,7 @@ def euler_sampler(
         x = sample_euler(denoiser, x, sigmas, extra_args, callback, disable=True, put_back=put_back)
         return x if finish is None else finish(x)
 
-    return DirectSampler(denoise)
-
-
-def fit_windows(guider: comfy.samplers.CFGGuider) -> None:
-    """Make the context windows of a MODEL fit Stable Video Diffusion.
-
-    Newer hosts add the clip's first frame to every later window (`causal_window_fix`), for VAEs that pack frames, but
-    do not tell Stable Video Diffusion of it, which then fails. Its own frames are not packed.
-    """
-    handler = guider.model_options.get("context_handler")
-    if is_svd(guider.model_patcher) and getattr(handler, "causal_window_fix", False):
-        handler = copy.copy(handler)
-        handler.causal_window_fix = False
-        guider.model_options = {**guider.model_options, "context_handler": handler}
+    return DirectSampler(denoise, before=before)
 
 
 class FrameGuider(comfy.samplers.CFGGuider):
@@ -172,7 +196,7 @@ class FrameGuider(comfy.samplers.CFGGuider):
 
     def __init__(self, model: Any):
         super().__init__(model)
-        fit_windows(self)
+        self.model_options = fit_windows(model, self.model_options)
 
     def set_guidance(self, first: float, last: float, interval: tuple[float, float] = (0.0, math.inf)) -> None:
         self.first, self.last, self.interval = first, last, interval
@@ -237,7 +261,7 @@ def sample(
 def guider(model: Any, positive: list, negative: list | None = None, cfg: float = 1.0) -> comfy.samplers.CFGGuider:
     """The host's guider with its conditions set; without a negative one it is never guided."""
     made = comfy.samplers.CFGGuider(model)
-    fit_windows(made)
+    made.model_options = fit_windows(model, made.model_options)
     made.inner_set_conds({"positive": positive} if negative is None else {"positive": positive, "negative": negative})
     made.set_cfg(cfg)
     return made

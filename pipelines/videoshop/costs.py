@@ -1,10 +1,14 @@
-"""What an inversion and the way back cost in network evaluations, told before they start."""
+"""What an inversion, the way back and a mask cost in network evaluations or memory, told before they start."""
 
 from __future__ import annotations
 
 import math
 
 from torch import Tensor
+
+from ..motion import FINEST, RAFT_MULTIPLE
+
+FLOAT = 4  # bytes
 
 
 def inversion_evaluations(steps: int, refine: int = 0, sides: int = 1) -> tuple[int, int]:
@@ -33,3 +37,24 @@ def evaluations_in_words(fewest: int, most: int | None = None) -> str:
     """A number of evaluations, or a range of it."""
     most = fewest if most is None else most
     return f"{fewest if fewest == most else f'{fewest} to {most}'} network evaluation{'s' if most != 1 else ''}"
+
+
+def mask_bytes(frames: int, height: int, width: int, feather: int = 0) -> int:
+    """About the most that `masks.edit_mask` holds of a clip of that size, without the flow: the clip and its masks.
+
+    Numbers a pixel as they were measured, rounded up.
+    """
+    return FLOAT * height * width * (frames * (9 if feather else 6) + 16)
+
+
+def flow_bytes(height: int, width: int, learned: bool = False) -> int:
+    """About the most that an estimate of the motion between two frames takes, by `motion.lucas_kanade` or RAFT.
+
+    RAFT's grows with the square of the pixels: it keeps how each patch of a frame agrees with each of the other, at
+    four sizes. Numbers a pixel as they were measured, rounded up.
+    """
+    pixels = height * width
+    if not learned:
+        return FLOAT * 40 * round(pixels * min(1.0, FINEST / min(height, width)) ** 2)
+    patches = pixels // RAFT_MULTIPLE**2
+    return FLOAT * (200 * pixels + round(patches**2 * (1 + 1 / 4 + 1 / 16 + 1 / 64)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import fine_tuning
+import one_shot
 import pytest
 import tiny_models
 import torch
@@ -118,6 +119,63 @@ def test_evaluations_in_context_windows_are_told_there_and_back(host, model, tol
         assert "window" not in text if words is None else re.search(f" network evaluations {words}{of_what}", text)
 
 
+def guider_of(host, model, guider):
+    """A GUIDER of Wan, by the host's node of that name, and how many sides its network call computes at most."""
+    texts = [tiny_models.conditioning("wan", seed) for seed in range(3)]
+    sides = {"positive": texts[0], "negative": texts[1]}
+    return {
+        "BasicGuider": lambda: (*host.run_node("BasicGuider", model=model, conditioning=texts[0]), 1),
+        "CFGGuider at 1": lambda: (*host.run_node("CFGGuider", model=model, cfg=1.0, **sides), 1),
+        "CFGGuider": lambda: (*host.run_node("CFGGuider", model=model, cfg=2.0, **sides), 2),
+        "DualCFGGuider": lambda: (*_dual(host, model, texts), 3),
+    }[guider]()
+
+
+def _dual(host, model, texts):
+    conditions = {"cond1": texts[0], "cond2": texts[1], "negative": texts[2]}
+    return host.run_node(
+        "DualCFGGuider", model=model, cfg_conds=2.0, cfg_cond2_negative=2.0, style="regular", **conditions
+    )
+
+
+@pytest.mark.parametrize("node", ["RewindEDMInversionSampler", "RewindMaskedSampler"])
+@pytest.mark.parametrize("guider", ["BasicGuider", "CFGGuider at 1", "CFGGuider", "DualCFGGuider"])
+@pytest.mark.parametrize("in_windows", [False, True])
+def test_a_sampler_says_its_evaluations_before_the_first(host, told, node, guider, in_windows):
+    """On a model of video, whose way back is by no node of this pack's."""
+    model = tiny_models.wan(host)
+    chosen = windowed(host, model, context_length=2, dim=2) if in_windows else model  # of its three latents
+    latent, levels = tiny_models.latent("wan"), tiny_models.sigmas(model, STEPS, "simple")
+    made, most = guider_of(host, noting(chosen, told), guider)
+    if node == "RewindMaskedSampler":
+        values = {"positive": tiny_models.conditioning("wan"), "latent": latent, "sigmas": levels, "strength": 1.0}
+        start, _, _, inversion = host.run_node("RewindEDMInversion", model=model, **values)
+        inputs = {"inversion": inversion, "mask": torch.ones(1, 64, 64)}
+    else:
+        start, inputs = latent, {}
+    told.clear()
+    (sampler,) = host.run_node(node, **inputs)
+    assert not told, "a SAMPLER costs nothing before it is used"
+    (noise,) = host.run_node(
+        "RandomNoise" if start is latent else "DisableNoise", **({"noise_seed": 1} if start is latent else {})
+    )
+    host.run_node("SamplerCustomAdvanced", noise=noise, guider=made, sampler=sampler, sigmas=levels, latent_image=start)
+    text, *calls = told
+    assert number(text) == sum(calls) == STEPS * most * (2 if in_windows else 1)
+    assert (" in 2 windows " in text) == in_windows and "; at most about " in text
+    assert ("to 12 network" in text or "to 24 network" in text) == (guider == "DualCFGGuider")
+
+
+def test_a_samplers_refinement_is_told(host, model, told):
+    (sampler,) = host.run_node("RewindEDMInversionSampler", refine=2)
+    (guider,) = host.run_node("BasicGuider", model=noting(model, told), conditioning=tiny_models.conditioning("svd"))
+    (noise,) = host.run_node("RandomNoise", noise_seed=1)
+    inputs = {"noise": noise, "guider": guider, "sampler": sampler, "latent_image": tiny_models.latent("svd")}
+    host.run_node("SamplerCustomAdvanced", sigmas=tiny_models.sigmas(model, STEPS, "karras"), **inputs)
+    text, *calls = told
+    assert text.startswith("8 to 12 network evaluations; ") and 8 <= sum(calls) <= 12
+
+
 def test_a_round_trip_says_its_evaluations_before_the_first(host, told):
     config, keys = host.module("demo.models").ImageToVideoConfig(), host.module("demo.keys")
     builders, parts = host.module("nodes.host.models"), keys.split_checkpoint(tiny_models.checkpoint(host))
@@ -169,6 +227,39 @@ def test_a_fine_tuning_says_its_memory_and_refuses_by_the_same_number(host, svd,
         else:
             with pytest.raises(ValueError, match="beside the model"):
                 svd.tune(host, memory_check=True)
+
+
+def test_the_probe_says_its_evaluations_before_the_first(host, told):
+    model = one_shot.sd15()
+    inputs = {"weights": one_shot.random_weights(host, model), "samples": {"samples": one_shot.noisy()}}
+    host.run_node(one_shot.PROBE, model=noting(model, told), conditioning=one_shot.prompt(model), **inputs)
+    text, *calls = told
+    assert number(text) == sum(calls) == 5 and "; at most about " in text
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_an_edit_mask_says_its_pairs_of_frames_before_the_first(host, told, monkeypatch, learned):
+    """Learned flow is a network's evaluation each; other flow is none."""
+    import comfy.model_patcher
+
+    module, looked = host.module("nodes.masks"), []
+
+    def flow(frame, other):
+        told.append(1)
+        looked.append(frame.shape)
+        return torch.zeros(2, 64, 96)
+
+    monkeypatch.setattr(module, "_flow", lambda optical_flow: flow)
+    cpu, clip = torch.device("cpu"), torch.rand(5, 64, 96, 3)
+    network = comfy.model_patcher.ModelPatcher(torch.nn.Linear(1, 1), load_device=cpu, offload_device=cpu)
+    inputs = {"optical_flow": network} if learned else {}
+    host.run_node("RewindEditMask", clip=clip, edited_frame=1 - clip[:1], **inputs)
+    text, *calls = told
+    costs, words = host.module("pipelines.videoshop.costs"), host.module("pipelines.evaluation.memory").in_words
+    size = words(costs.flow_bytes(64, 96, learned) + costs.mask_bytes(5, 64, 96))
+    assert len(calls) == 4
+    pairs = "4 network evaluations" if learned else "the motion of 4 pairs of frames"
+    assert text == f"{pairs}; at most about {size} of main memory"
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -254,3 +345,43 @@ def test_a_files_brackets_are_shown(host, model, monkeypatch):
     monkeypatch.setattr(host.module("nodes.host.costs"), "show_text", lambda node_id, text: shown.append(text))
     host.run_node("RewindSaveInversion", inversion=inversion, filename_prefix="clip (final)")
     assert shown[-1].startswith("saved clip (final)_00001_.safetensors, ")
+
+
+def test_videoshop_conditioning_says_what_goes_through_the_vae(host, told, monkeypatch):
+    """As many frames as it then gets, and for each what the host asks for when it loads the VAE."""
+    import comfy.model_management as management
+
+    config, keys = host.module("demo.models").ImageToVideoConfig(), host.module("demo.keys")
+    builders, parts = host.module("nodes.host.models"), keys.split_checkpoint(tiny_models.checkpoint(host))
+    vae, vision = builders.build_vae(parts["vae"], config), builders.build_clip_vision(parts["image_encoder"], config)
+    asked, load, encode = [], management.load_models_gpu, vae.encode
+
+    def spy(models, memory_required=0, **rest):
+        asked.append(memory_required)
+        return load(models, memory_required, **rest)
+
+    def counting(images):
+        asked.clear()
+        monkeypatch.setattr(management, "load_models_gpu", spy)
+        found = encode(images)
+        monkeypatch.setattr(management, "load_models_gpu", load)
+        told.append((len(images), int(asked[0])))
+        return found
+
+    monkeypatch.setattr(vae, "encode", counting)
+    clip = torch.rand(5, 64, 64, 3)
+    sizes = {"width": 64, "height": 64}
+    host.run_node("RewindVideoshopConditioning", clip_vision=vision, vae=vae, clip=clip, edited_frame=clip[:1], **sizes)
+    text, *calls = told
+    frames, sizes = sum(count for count, _ in calls), {size for _, size in calls}
+    assert frames == 8 and len(sizes) == 1
+    size = host.module("pipelines.evaluation.memory").in_words(sizes.pop())
+    assert text.startswith(f"{frames} frames through the VAE (") and f"; about {size} a frame on cpu (" in text
+
+
+def test_videoshop_conditioning_refuses_a_vae_of_whole_clips(host, told):
+    clip = torch.rand(5, 64, 64, 3)
+    with pytest.raises(ValueError, match="this VAE takes a clip as a whole"):
+        inputs = {"clip": clip, "edited_frame": clip[:1], "vae": tiny_models.wan_vae(), "clip_vision": None}
+        host.run_node("RewindVideoshopConditioning", width=64, height=64, **inputs)
+    assert not told

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
+from mask_memory import MASKS, taken_by
 
 from rewind.pipelines.denoiser import karras_sigmas
 from rewind.pipelines.evaluation.memory import in_words
-from rewind.pipelines.videoshop.costs import denoising_evaluations, evaluations_in_words, inversion_evaluations
+from rewind.pipelines.videoshop.costs import (
+    FLOAT,
+    denoising_evaluations,
+    evaluations_in_words,
+    flow_bytes,
+    inversion_evaluations,
+    mask_bytes,
+)
 from rewind.pipelines.videoshop.denoising import GuidedDenoiser, sample_euler
 from rewind.pipelines.videoshop.inversion import sample_edm_inversion
 from rewind.pipelines.videoshop.trajectory import empty_trajectory, trajectory_bytes
@@ -68,3 +78,19 @@ def test_noise_that_half_precision_cannot_hold_is_refused_before_any_work():
     with pytest.raises(ValueError, match="go up to 6000, which float16 may not hold: .* bfloat16 or float32"):
         empty_trajectory(CLIP, torch.tensor([6000.0, 0.0]), torch.float16)
     assert empty_trajectory(CLIP, torch.tensor([6000.0, 0.0]), torch.bfloat16) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what a process holds")
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_takes_the_memory_that_is_told(name, monkeypatch):
+    """No more, and at least half of it; without the clip's copy, which is the node's."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**16))  # GNU's allocator then gives back what is free
+    work = MASKS[name]
+    frames, _, height, width = work["size"]
+    told = flow_bytes(height, width, work["learned"])
+    if not work["learned"]:
+        told += mask_bytes(frames, height, width, work["feather"]) - 3 * FLOAT * frames * height * width
+    with get_context("spawn").Pool(1) as pool:
+        taken = pool.apply(taken_by, (name,))
+    assert told / 2 < taken < told, (in_words(taken), in_words(told))
