@@ -25,7 +25,7 @@ from ..pipelines.videoshop.settings import DEFAULT, VideoshopSettings
 from . import runner
 from .editing import counted
 from .statistics import estimate, margin
-from .windows import WindowedPipeline
+from .windows import OwnFramePipeline
 
 LENGTH, TIMES = 8, 4  # frames of the model, and how many times as long the clips are
 FRAMES = TIMES * LENGTH
@@ -37,8 +37,8 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Way:
-    """A row of the table. at_once: of the pipeline's own parts, 0 for none; windows: of the host's kind; by_hand: the
-    short pipeline, again and again."""
+    """A row of the table. at_once: of the pipeline's own parts, 0 for none; windows: of the host's kind, own_frame:
+    each told of its own first frame; by_hand: the short pipeline, again and again."""
 
     name: str
     at_once: int = 0
@@ -73,11 +73,12 @@ class Job:
 def edited(pipeline: VideoshopPipeline, job: Job, examples: Sequence[Example]) -> list[tuple[Tensor, int]]:
     """The frames [T, 3, H, W] of each edit of a clip, and the network calls of its way back."""
     source, way, generator = examples[0].source, job.way, torch.Generator().manual_seed(job.seed)
-    if way.windows:
-        pipeline = WindowedPipeline(pipeline, LENGTH, way.own_frame)
+    if way.own_frame:
+        pipeline = OwnFramePipeline(pipeline, LENGTH)
     if way.by_hand:
         return [_by_hand(pipeline, job, source, chosen.edited_frame) for chosen in examples]
-    settings = replace(job.settings, frames_at_once=way.at_once)
+    length = LENGTH if way.windows and not way.own_frame else 0
+    settings = replace(job.settings, frames_at_once=way.at_once, context_length=length)
     inversion = pipeline.invert(source, settings, generator)
     results = []
     for chosen in examples:
@@ -170,18 +171,17 @@ class NoVae:
         return SimpleNamespace(sample=interpolate(latents[:, :3], scale_factor=8))
 
 
-def peaks(pipeline: VideoshopPipeline, frames: int, at_once: int, windows: bool, vae: bool = True) -> dict[str, float]:
+def peaks(pipeline: VideoshopPipeline, frames: int, at_once: int, length: int, vae: bool = True) -> dict[str, float]:
     """What this process holds before an edit of a clip of SIDE x SIDE pixels, and the most it held with it, MiB.
 
-    vae: the whole edit, or the network's two ways alone, without the pictures.
+    at_once: of parts, length: of windows, 0 for none. vae: the whole edit, or the network's two ways alone, without the
+    pictures.
     """
     if not vae:
         pipeline.vae = NoVae()
     video = torch.rand(frames, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    settings = VideoshopSettings(steps=2, strength=1.0, frames_at_once=at_once)
+    settings = VideoshopSettings(steps=2, strength=1.0, frames_at_once=at_once, context_length=length)
     pipeline.chunk = LENGTH
-    if windows:
-        pipeline = WindowedPipeline(pipeline, LENGTH)
     pipeline(video[:2, :, :64, :64], video[0, :, :64, :64], replace(settings, frames_at_once=0), progress=False)
     before = held_memory()
     if vae:
@@ -194,10 +194,10 @@ def peaks(pipeline: VideoshopPipeline, frames: int, at_once: int, windows: bool,
 THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 PARTS = ("the whole edit", "the network alone")
 MEMORY = {
-    f"{LENGTH} frames at once: one window": (LENGTH, 0, False),
-    f"{FRAMES} frames in parts of {LENGTH}": (FRAMES, LENGTH, False),
-    f"{FRAMES} frames in context windows of {LENGTH}": (FRAMES, 0, True),
-    f"{FRAMES} frames at once": (FRAMES, 0, False),
+    f"{LENGTH} frames at once: one window": (LENGTH, 0, 0),
+    f"{FRAMES} frames in parts of {LENGTH}": (FRAMES, LENGTH, 0),
+    f"{FRAMES} frames in context windows of {LENGTH}": (FRAMES, 0, LENGTH),
+    f"{FRAMES} frames at once": (FRAMES, 0, 0),
 }
 
 

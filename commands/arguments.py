@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..demo.models import ImageToVideoConfig
-from ..pipelines.dreamix.coarse_video import MOVES
+from ..pipelines.chunks import CHUNK
+from ..pipelines.dreamix.coarse_video import EASINGS, FILLS, MOVES
+from ..pipelines.dreamix.corruption import TEMPORAL
 from ..pipelines.dreamix.temporal import MASKS
 from ..pipelines.ei2.ffam import ATTENTIONS
 from ..pipelines.ei2.inflation import NO_TEMPORAL, PLACES, InflationSettings
@@ -18,6 +20,7 @@ from ..pipelines.ei2.stam import AXES, TEMPORALS
 from ..pipelines.ei2.tuning import OneShot
 from ..pipelines.videoshop.masks import DEFAULT_MASK
 from ..pipelines.videoshop.trajectory import DTYPES
+from ..pipelines.videoshop.windows import OVERLAP
 from .dreamix import KINDS, run_dreamix
 from .edit import PRESETS, run_edit
 from .ei2 import EMBEDDED_SETTINGS, EMBEDDED_TUNING, FRAMES, run_ei2
@@ -58,17 +61,44 @@ def add_edit(commands: Any) -> None:
     )
     edit.add_argument("--motion-bucket", type=int, help="how much motion the model is told of")
     edit.add_argument(
-        "--frames-at-once",
+        "--decode-at-once",
         type=int,
+        default=CHUNK,
         metavar="N",
-        help="edit a clip longer than the model, all of it, in parts of at most so many frames, each of which goes on "
-        "from the last edited frame of the one before (default: at once)",
+        help="frames that the VAE takes at once: fewer take less memory, in chunks that go over into each other "
+        "(default: %(default)s)",
     )
     edit.add_argument("--seed", type=int, help="(default: 0)")
     edit.add_argument("--force", action="store_true", help="overwrite what is written")
+    add_edit_long(
+        edit.add_argument_group("a clip longer than the model", "all of it is edited then (default: at once)")
+    )
     add_edit_mask(edit.add_argument_group("the mask", "what lies outside it comes back as it was"))
     add_edit_inversion(edit.add_argument_group("one inversion for many edits of a clip"))
     edit.set_defaults(run=run_edit)
+
+
+def add_edit_long(group: Any) -> None:
+    way = group.add_mutually_exclusive_group()
+    way.add_argument(
+        "--context-length",
+        type=int,
+        metavar="N",
+        help="in overlapping windows of so many frames, averaged at every step: holds the edit better than parts, in "
+        "more time",
+    )
+    way.add_argument(
+        "--frames-at-once",
+        type=int,
+        metavar="N",
+        help="in parts of at most so many frames, each of which goes on from the last edited frame of the one before",
+    )
+    group.add_argument(
+        "--context-overlap",
+        type=int,
+        metavar="N",
+        help=f"frames that two windows share, at most half of one (default: {OVERLAP})",
+    )
 
 
 def add_edit_mask(group: Any) -> None:
@@ -144,12 +174,19 @@ def add_dreamix_task(dreamix: argparse.ArgumentParser) -> None:
         "--animate", type=move_name, choices=MOVES, metavar="MOVE", help=f"one picture, first moved by: {moves}"
     )
     task.add_argument("--subject", action="store_true", help="a new clip of what the pictures show")
+    group.add_argument("--amount", type=float, help="of --animate's move: 0 is none, 2 twice as far (default: 1)")
+    group.add_argument("--fill", choices=FILLS, help="what lies beyond the moved picture's edge (default: white)")
+    group.add_argument("--easing", choices=EASINGS, help="whether it starts and stops gently (default: smooth)")
 
 
 def add_dreamix_sampling(group: Any) -> None:
     group.add_argument("--noise", type=float, metavar="S", help="0..1: higher follows the prompt, lower keeps the clip")
     group.add_argument("--factor", type=float, help="how far the clip is downsampled a side, 1 is not at all")
+    group.add_argument(
+        "--coarse-size", type=size, metavar="WxH", help="the size it is downsampled to, in the place of --factor"
+    )
     group.add_argument("--stride", type=int, help="keep the motion of every so many frames, 1 is all of them")
+    group.add_argument("--temporal", choices=TEMPORAL, help="what --stride fills in: the frame kept last, or a fade")
     group.add_argument("--steps", type=int, help="of the schedule from pure noise on")
     group.add_argument("--guidance", type=float, help="by the prompt, 1 is none")
     group.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from")

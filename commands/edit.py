@@ -19,6 +19,7 @@ from ..pipelines.videoshop.inversion_file import file_bytes, load_inversion, sav
 from ..pipelines.videoshop.parts import parts
 from ..pipelines.videoshop.settings import DEFAULT, PAPER, REFERENCE, VideoshopSettings
 from ..pipelines.videoshop.trajectory import DTYPES, trajectory_bytes
+from ..pipelines.videoshop.windows import windows
 from .files import check_output, choose_size, free_name, given, resized, same_proportions, say, tell_parts, tell_reading
 from .masks import NONE, check_mask_options, make_mask
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from ..pipelines.videoshop.pipeline import VideoshopPipeline
 
 PRESETS = {"default": DEFAULT, "paper": PAPER, "reference": REFERENCE}
-OF_THE_INVERSION = ("preset", "steps", "strength", "refine", "motion_bucket", "frames_at_once", "seed", "trajectory")
+LONG = ("frames_at_once", "context_length", "context_overlap")  # how a clip longer than the model goes
+OF_THE_INVERSION = ("preset", "steps", "strength", "refine", "motion_bucket", *LONG, "seed", "trajectory")
 MOST_STEPS = 10_000  # of a schedule that a file asks for
 SAME_CLIP = 0.05  # latents of one clip differ by this share at most, on other devices and in other precisions
 
@@ -56,6 +58,7 @@ class EditJob:
     keep_pixels: bool
     inversion: Inversion | None  # of this clip, from a file
     save_inversion: Path | None
+    decode_at_once: int  # frames
     trajectory: str | None  # the precision that the clip is kept in at every noise level; None keeps none
 
 
@@ -88,11 +91,13 @@ def edit_settings(args: argparse.Namespace, inversion: Inversion | None = None) 
 
     Raises ValueError for a value out of range.
     """
-    named = ("steps", "strength", "refine", "fps", "motion_bucket", "frames_at_once")
+    named = ("steps", "strength", "refine", "fps", "motion_bucket", *LONG)
     changes = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
     if args.guidance:
         changes |= {"first_guidance": args.guidance[0], "last_guidance": args.guidance[1]}
     start = PRESETS[args.preset or "default"] if inversion is None else VideoshopSettings(**inversion.settings)
+    if args.context_overlap is not None and args.context_length is None:
+        raise ValueError("--context-overlap is of windows: give --context-length too")
     return replace(start, **changes)
 
 
@@ -157,10 +162,12 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
     """Check and read all input, and say what is trimmed, resampled, resized or left out. Loads no model."""
     check_files(args)
     check_mask_options(args)
+    if args.decode_at_once < 1:
+        raise ValueError(f"got --decode-at-once {args.decode_at_once}; the VAE takes at least 1 frame")
     inversion = read_inversion(args)
     settings, facts = edit_settings(args, inversion), model_facts(args.model)
     count = facts.frames if args.frames is None else args.frames
-    if args.frames is None and settings.frames_at_once:
+    if args.frames is None and (settings.frames_at_once or settings.context_length):
         count = None  # all of it
     if count is not None and count < 2:
         raise ValueError(f"got --frames {count}; a clip has at least 2")
@@ -182,7 +189,7 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
         )
 
     tell_reading(read, args.frames, args.fps)
-    tell_parts(frames, facts.frames, settings.frames_at_once)
+    tell_parts(frames, facts.frames, settings.frames_at_once or settings.context_length)
     if read.has_audio:
         say("the audio track is left out")
     clip, picture = resized("clip", read.frames, size), resized("edited frame", edited[None], size)[0]
@@ -199,6 +206,7 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
         keep_pixels=args.keep_pixels,
         inversion=inversion,
         save_inversion=args.save_inversion,
+        decode_at_once=args.decode_at_once,
         trajectory=(args.trajectory or "float32") if keeps_trajectory(args) else None,
     )
 
@@ -207,11 +215,15 @@ def tell_costs(job: EditJob) -> None:
     """Say what the edit costs, before it starts."""
     s, sigmas = job.settings, job.settings.sigmas() if job.inversion is None else job.inversion.sigmas
     steps, found = len(sigmas) - 1, len(parts(len(job.clip), s.frames_at_once))
-    back = found * denoising_evaluations(sigmas, s.first_guidance, s.last_guidance, s.guidance_interval)
-    there = evaluations_in_words(*(found * n for n in inversion_evaluations(steps, s.refine)))
+    in_windows = len(windows(len(job.clip), s.context_length, s.context_overlap))
+    times = found * in_windows  # at least one of them is 1
+    back = times * denoising_evaluations(sigmas, s.first_guidance, s.last_guidance, s.guidance_interval)
+    there = evaluations_in_words(*(times * n for n in inversion_evaluations(steps, s.refine)))
     if job.inversion is not None:
         there = "an inversion that is there"
     told = f"{found} parts of at most {s.frames_at_once} frames: " if found > 1 else ""
+    if in_windows > 1:
+        told = f"{in_windows} windows of {s.context_length} frames: "
     say(f"{told}{there}, and {evaluations_in_words(back)} for the way back")
     if job.trajectory is not None:
         shape = (len(job.clip), 4, job.clip.shape[2] // 8, job.clip.shape[3] // 8)
@@ -249,6 +261,7 @@ def run_edit(args: argparse.Namespace) -> int:
     started = time.monotonic()
     generator = Generator().manual_seed(job.seed)
     pipeline, inversion = load_pipeline(job.model), job.inversion
+    pipeline.chunk = job.decode_at_once
     if inversion is not None:
         check_clip_of(inversion, args.inversion, job.clip, pipeline)
     if job.trajectory is not None:

@@ -147,11 +147,11 @@ def tell_length(frames: int, own: int) -> None:
 
 
 def tell_parts(frames: int, own: int, at_once: int) -> None:
-    """The same of a clip that is edited in parts of at most `at_once` frames; 0 is the whole clip at once."""
+    """The same of a clip that is edited in parts or windows of at most `at_once` frames; 0 takes all of it at once."""
     if not at_once:
         tell_length(frames, own)
         if frames > own:
-            say(f"--frames-at-once {own} edits it in parts")
+            say(f"--context-length {own} edits it in windows, --frames-at-once {own} in parts")
     elif at_once > own:
         say(f"{at_once} frames at once; the model was trained on {own}, more may look worse")
 

@@ -6,14 +6,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..pipelines.chunks import OVERLAP, spans
+from ..pipelines.chunks import CHUNK, OVERLAP, spans
 from ..pipelines.evaluation.memory import in_words
 from .host import costs
 from .host.encoding import decode_clip, frame_bytes, frames_that_fit, is_video_vae, sees_clips
 from .host.schema import Schema
 from .preparation import CATEGORY
-
-CHUNK = 14  # frames that Stable Video Diffusion's VAE was trained on
 
 
 class ChunkedDecode(io.ComfyNode):

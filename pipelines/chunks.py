@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CHUNK = 14  # frames that Stable Video Diffusion's VAE was trained on
 OVERLAP = 4  # frames, by default: `rewind benchmark chunks`, benchmarks/results/chunks.md
 
 

@@ -122,7 +122,8 @@ def test_a_long_clip_is_taken_whole_in_parts_and_told(tmp_path, pipeline, capsys
     write_files(tmp_path, frames=22)
     assert edit(tmp_path, "--frames", "22") == 0
     said = capsys.readouterr().out
-    assert "22 frames; the model was trained on 8" in said and "--frames-at-once 8 edits it in parts" in said
+    assert "22 frames; the model was trained on 8" in said and "--frames-at-once 8 in parts" in said
+    assert "--context-length 8 edits it in windows" in said
     assert len(pipeline.asked[0].video) == 22 and pipeline.asked[0].settings.frames_at_once == 0
 
     assert edit(tmp_path, "--frames-at-once", "8", "--steps", "20", "--strength", "0.5", "--force") == 0
@@ -133,6 +134,28 @@ def test_a_long_clip_is_taken_whole_in_parts_and_told(tmp_path, pipeline, capsys
     assert edit(tmp_path, "--frames-at-once", "9", "--frames", "18", "--force") == 0
     assert "9 frames at once; the model was trained on 8" in capsys.readouterr().out
     assert len(pipeline.asked[2].video) == 18
+
+
+def test_a_long_clip_goes_in_windows(tmp_path, pipeline, capsys):
+    write_files(tmp_path, frames=22, fps=12)
+    windows = ["--context-length", "8", "--steps", "20", "--strength", "0.5"]
+    assert edit(tmp_path, *windows, "--guidance", "1", "2") == 0
+    said, settings = capsys.readouterr().out, pipeline.asked[0].settings
+    assert len(pipeline.asked[0].video) == 22 and (settings.context_length, settings.context_overlap) == (8, 4)
+    assert "5 windows of 8 frames: 50 network evaluations, and 100 network evaluations for the way back" in said
+    assert "trained" not in said and "trimmed" not in said
+    assert pipeline.chunk == 14
+    assert edit(tmp_path, *windows, "--context-overlap", "0", "--decode-at-once", "6", "--force") == 0
+    assert "3 windows of 8 frames: 30 network evaluations" in capsys.readouterr().out and pipeline.chunk == 6
+    assert edit(tmp_path, "--context-overlap", "2", "--force") == 2
+    assert "--context-overlap is of windows: give --context-length too" in capsys.readouterr().err
+    assert edit(tmp_path, "--context-length", "1", "--force") == 2
+    assert "context_length is 1; it must be at least 2" in capsys.readouterr().err
+    assert edit(tmp_path, "--decode-at-once", "0", "--force") == 2
+    assert "got --decode-at-once 0; the VAE takes at least 1 frame" in capsys.readouterr().err
+    assert len(pipeline.asked) == 2
+    with pytest.raises(SystemExit):
+        edit(tmp_path, *windows, "--frames-at-once", "8", "--force")
 
 
 def test_resampling_covers_more_time(tmp_path, pipeline, capsys):

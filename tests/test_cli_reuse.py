@@ -89,6 +89,21 @@ def test_a_kept_inversion_in_parts_is_used_in_parts(folder, capsys):
     assert "leave out --frames-at-once" in capsys.readouterr().err
 
 
+def test_a_kept_inversion_in_windows_is_used_in_windows(folder, capsys):
+    """The windows are the file's; the command's last line counts what was paid."""
+    windows = ["--context-length", "2", "--context-overlap", "1"]
+    kept = [*windows, "--save-inversion", str(folder / "windows.safetensors")]
+    assert edit(folder, "windows_saved.mp4", "edited.png", *SHORT, *kept) == 0
+    said = capsys.readouterr().out
+    assert "2 windows of 2 frames: 2 network evaluations, and 2" in said and "2 + 2 network evaluations" in said
+    assert use(folder, "windows_used.mp4", file="windows.safetensors") == 0
+    said = capsys.readouterr().out
+    assert "2 windows of 2 frames: an inversion that is there, and 2" in said and "0 + 2 network" in said
+    assert (folder / "windows_used.mp4").read_bytes() == (folder / "windows_saved.mp4").read_bytes()
+    assert use(folder, "no.mp4", "edited.png", *windows, file="windows.safetensors") == 2
+    assert "leave out --context-length, --context-overlap" in capsys.readouterr().err
+
+
 def test_a_kept_inversion_serves_a_mask(folder):
     masked = ["--guidance", "1", "2", "--mask", "auto", "--mask-grow", "0", "--keep-pixels"]
     assert use(folder, "masked.mp4", "corner.png", *masked) == 0

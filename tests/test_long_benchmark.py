@@ -32,31 +32,9 @@ def chosen():
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 
-def test_windows_are_static_and_of_one_length():
-    assert windows.windows(32, 8) == [(start, start + 8) for start in range(0, 25, 4)]
-    assert windows.windows(10, 8) == [(0, 8), (2, 10)] and windows.windows(8, 8) == [(0, 8)]
-    assert windows.pyramid(8).tolist() == [1, 2, 3, 4, 4, 3, 2, 1] and windows.pyramid(5).tolist() == [1, 2, 3, 2, 1]
-
-
-def test_windows_average_what_the_model_makes_of_each(pipeline):
-    video, x = torch.rand(1, 3, 32, 48), torch.randn(7, 4, 4, 6, generator=torch.Generator().manual_seed(0))
-    settings = VideoshopSettings(augmentation=0.0)
-    plain = pipeline.condition(video[0], settings)
-    in_windows = windows.WindowedPipeline(pipeline, 4).condition(video[0], settings)
-    sigma = 3.0 * torch.ones(7)
-    assert windows.windows(6, 4) == [(0, 4), (2, 6)]
-    first, second = (plain(x[a:b], sigma[a:b]) for a, b in ((0, 4), (2, 6)))
-    shared = [(2 * first[2] + second[0]) / 3, (first[3] + 2 * second[1]) / 3]
-    expected = torch.cat([first[:2], torch.stack(shared), second[2:]])
-    torch.testing.assert_close(in_windows(x[:6], sigma[:6]), expected)
-    assert in_windows.evaluations == 2
-    whole = windows.WindowedPipeline(pipeline, 7).condition(video[0], settings)
-    torch.testing.assert_close(whole(x, sigma), plain(x, sigma))
-
-
 def test_a_window_can_be_told_of_its_own_frame_of_the_step_before(pipeline):
     told, settings = [], VideoshopSettings(augmentation=0.0)
-    made = windows.WindowedPipeline(pipeline, 4, own_frame=True).condition(torch.rand(3, 32, 48), settings)
+    made = windows.OwnFramePipeline(pipeline, 4).condition(torch.rand(3, 32, 48), settings)
 
     class Unet:
         dtype = torch.float32

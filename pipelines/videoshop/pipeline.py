@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunks import decode_in_chunks, decoder
+from ..chunks import CHUNK, decode_in_chunks, decoder
 from ..denoiser import karras_sigmas
 from ..fingerprint import Fingerprint, fingerprint
 from ..video import check_frames, check_pixels
@@ -21,6 +21,7 @@ from .masks import StoredSource, check_mask, composite, composite_pixels, latent
 from .parts import Recorder, guidance_of, normalisation_of, part_of, parts, parts_of
 from .settings import DEFAULT, VideoshopSettings
 from .svd import SVDDenoiser, unet_config
+from .windows import in_windows, windows
 
 Callback = Callable[[dict[str, Any]], None]
 
@@ -58,7 +59,7 @@ class VideoshopPipeline:
         as a clip, and chunks therefore overlap (`decode_in_chunks`).
     """
 
-    def __init__(self, unet, vae, image_encoder, scaling_factor: float = 0.18215, chunk: int = 14):
+    def __init__(self, unet, vae, image_encoder, scaling_factor: float = 0.18215, chunk: int = CHUNK):
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; it must be at least 1 frame")
         self.unet, self.vae, self.image_encoder = unet, vae, image_encoder
@@ -183,18 +184,21 @@ class VideoshopPipeline:
         region = None if mask is None else latent_mask(mask, latents.shape)
         normalised, applied = normalise(latents, settings.normalise, mask=region)
         sigmas = settings.sigmas()
-        found = parts(len(video), settings.frames_at_once)
+        found, context = parts(len(video), settings.frames_at_once), (settings.context_length, settings.context_overlap)
+        calls = len(windows(len(video), *context))  # of the network, for one of the sampler's
         record = Recorder(normalised, sigmas, found, trajectory_dtype if keep_trajectory else None)
         for number, (start, stop) in enumerate(found):
             keep, shared = record.of(number), latents[start : start + 1]
 
             def collect(step: dict[str, Any], keep: Callback = keep) -> None:
+                step = step | {"evaluations": calls * step["evaluations"]}
                 keep(step)
                 if callback is not None:
                     callback(step)
 
+            told = self._told_of(first, shared, settings.normalise_condition) if number else first
             sample_edm_inversion(
-                self._told_of(first, shared, settings.normalise_condition) if number else first,
+                in_windows(told, *context),
                 normalised[start:stop],
                 sigmas.flip(0),
                 callback=collect,
@@ -298,15 +302,16 @@ class VideoshopPipeline:
         put_back: Callable[[Tensor, float], Tensor] | None = None,
     ) -> tuple[Tensor, int]:
         """Euler with the settings' guidance; the result and the network calls it took."""
+        context = settings.context_length, settings.context_overlap
         model = GuidedDenoiser(
-            condition,
-            self.unconditional(condition),
+            in_windows(condition, *context),
+            in_windows(self.unconditional(condition), *context),
             settings.first_guidance,
             settings.last_guidance,
             settings.guidance_interval,
         )
         x = sample_euler(model, x, sigmas, callback=callback, disable=not progress, put_back=put_back)
-        return x, model.evaluations
+        return x, model.evaluations * len(windows(len(x), *context))
 
     def image_to_video(
         self,

@@ -16,6 +16,7 @@ from ..denoiser import karras_sigmas, truncate_sigmas
 from .inversion import GUESSES
 from .latents import NORMALISATIONS
 from .parts import check_at_once
+from .windows import OVERLAP, check_context
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class VideoshopSettings:
     fps, motion_bucket: what the model is told of the clip.
     frames_at_once: for a clip longer than the model, rewind and play it in parts of at most so many frames; 0 for the
         whole clip at once. See `parts`.
+    context_length, context_overlap: the same in windows of so many frames, of which neighbours share some; 0 for none.
+        See `windows`. On the embedded model they hold an edit better than parts.
     """
 
     steps: int = 25
@@ -63,6 +66,8 @@ class VideoshopSettings:
     fps: int = 7
     motion_bucket: int = 127
     frames_at_once: int = 0
+    context_length: int = 0
+    context_overlap: int = OVERLAP
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
@@ -90,11 +95,17 @@ class VideoshopSettings:
             (0 <= self.augmentation <= 10, f"augmentation is {self.augmentation}; it must be 0 to 10"),
             (self.fps >= 1, f"fps is {self.fps}; it must be at least 1"),
             (0 <= self.motion_bucket <= 1023, f"motion_bucket is {self.motion_bucket}; it must be 0 to 1023"),
+            (
+                not (self.frames_at_once and self.context_length),
+                f"frames_at_once is {self.frames_at_once} and context_length {self.context_length}: a clip goes in "
+                "parts or in windows, set one of them to 0",
+            ),
         )
         for holds, message in rules:
             if not holds:
                 raise ValueError(message)
         check_at_once(self.frames_at_once)
+        check_context(self.context_length, self.context_overlap)
 
     def guesses(self) -> dict[str, Any]:
         """What `sample_edm_inversion` takes of these settings."""

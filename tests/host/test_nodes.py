@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_models
 import torch
+from context_windows import windowed
 
 SIZE = 96
 FRAMES = 4
@@ -187,10 +188,14 @@ def test_latent_rescale_gives_the_first_frame_the_references_statistics(host, co
 
 
 @pytest.mark.parametrize(
-    "normalise, denormalise, rescale", [("off", True, 1.0), ("channel", True, 0.0), ("frame", False, 0.5)]
+    "normalise, denormalise, rescale, length",
+    [("off", True, 1.0, 0), ("channel", True, 0.0, 0), ("frame", False, 0.5, 0), ("off", True, 0.0, 3)],
 )
-def test_the_chain_of_nodes_is_the_headless_pipeline(host, models, clip, normalise, denormalise, rescale):
-    """The host's classes through the nodes and diffusers' through the pipeline, on the same weights and clip."""
+def test_the_chain_of_nodes_is_the_headless_pipeline(host, models, clip, normalise, denormalise, rescale, length):
+    """The host's classes through the nodes and diffusers' through the pipeline, on the same weights and clip.
+
+    length: of context windows, which are the host's in one and ours in the other; 0 for none.
+    """
     demo, keys = host.module("demo.models"), host.module("demo.keys")
     parts = keys.from_checkpoint(tiny_models.checkpoint(host))
     modules = demo.build_unet(), demo.build_vae(), demo.build_image_encoder()
@@ -208,7 +213,11 @@ def test_the_chain_of_nodes_is_the_headless_pipeline(host, models, clip, normali
         first_guidance=1.0,
         last_guidance=3.0,
         augmentation=0.0,
+        context_length=length,
+        context_overlap=1,
     )
+    if length:
+        models = (windowed(host, models[0], context_length=length), *models[1:])
     source, target = clip
     wanted = pipeline(source.movedim(-1, 1), target[0].movedim(-1, 0), settings, torch.Generator(), progress=False)
 
