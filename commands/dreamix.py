@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -44,9 +45,11 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 TOKEN = "rewind.token"  # in the head of a LoRA file: the word that it was trained under
 # What the command line may change of the preset's settings, and of its fine-tuning.
 EDITING = {"noise": "s", "factor": "factor", "stride": "stride", "steps": "steps", "guidance": "guidance"}
-EDITING |= {"negative": "negative", "second_pass": "second_pass", "scale": "scale"}
+EDITING |= {"temporal": "temporal", "negative": "negative", "second_pass": "second_pass", "scale": "scale"}
 TUNING = {"fine_tune_steps": "steps", "alpha": "alpha", "learning_rate": "learning_rate", "rank": "rank"}
 TUNING |= {"mask": "mask"}
+DEGRADING = ("factor", "coarse_size", "stride", "temporal")
+MOVING = ("amount", "fill", "easing")
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,11 @@ def check_files(args: argparse.Namespace) -> None:
             raise ValueError(f"{pictures[0]} is a picture: --animate MOVE animates it, --subject makes a clip of it")
 
 
+def options(args: argparse.Namespace, names: Iterable[str]) -> str:
+    """Those of some options that are given, as they are typed."""
+    return ", ".join("--" + name.replace("_", "-") for name in names if given(args, name))
+
+
 def check_flags(args: argparse.Namespace, preset: Preset) -> None:
     """Raise for what contradicts the task, and for what would change nothing."""
     check_request(args)
@@ -126,18 +134,22 @@ def check_flags(args: argparse.Namespace, preset: Preset) -> None:
         raise ValueError(f"got --alpha {args.alpha:g}; {task} learns from pictures alone, with 0")
     if args.subject and args.noise not in (None, 1):
         raise ValueError(f"got --noise {args.noise:g}; --subject begins from pure noise, with 1")
-    if args.subject and (args.factor, args.stride) != (None, None):
-        raise ValueError("--factor and --stride degrade a clip, and --subject has none: leave them out")
+    if args.subject and (named := options(args, DEGRADING)):
+        raise ValueError(f"{named} would degrade a clip, and --subject has none: leave it out")
+    if args.animate is None and (named := options(args, MOVING)):
+        raise ValueError(f"{named} is of --animate, which moves a picture: leave it out")
+    if args.factor is not None and args.coarse_size is not None:
+        raise ValueError("--factor and --coarse-size both tell how far the clip is downsampled: give one of them")
     second = preset.second_pass if args.second_pass is None else args.second_pass
     if args.scale is not None and not second:
         raise ValueError("--scale enlarges in the second pass, and there is none: give --second-pass too")
     steps = preset.fine_tune_steps if args.fine_tune_steps is None else args.fine_tune_steps
-    needless = ["--" + name.replace("_", "-") for name in (*TUNING, "save_lora", "checkpoints") if given(args, name)]
-    if args.lora is not None and needless:
-        raise ValueError(f"--lora takes the place of the fine-tuning: leave out {', '.join(needless)}")
-    needless = [name for name in needless if name != "--fine-tune-steps"]
-    if args.lora is None and steps == 0 and needless:
-        raise ValueError(f"without fine-tuning {', '.join(needless)} would do nothing: give --fine-tune-steps above 0")
+    learning = (*TUNING, "save_lora", "checkpoints")
+    if args.lora is not None and (named := options(args, learning)):
+        raise ValueError(f"--lora takes the place of the fine-tuning: leave out {named}")
+    named = options(args, [name for name in learning if name != "fine_tune_steps"])
+    if args.lora is None and steps == 0 and named:
+        raise ValueError(f"without fine-tuning {named} would do nothing: give --fine-tune-steps above 0")
 
 
 def read_lora(path: Path, network: str) -> tuple[State, str | None]:
@@ -175,7 +187,8 @@ def tell_settings(task: str, settings: DreamixSettings, tuning: FineTuning | Non
     second = "no second pass"
     if settings.second_pass:
         second = f"a second pass at {settings.second_pass:g}, {settings.scale:g} times as large"
-    degraded = f"factor {settings.factor:g}, stride {settings.stride}"
+    small = f"factor {settings.factor:g}" if settings.size is None else "down to {1}x{0}".format(*settings.size)
+    degraded = f"{small}, stride {settings.stride}"
     say(f"{task}: noise {settings.s:g}, {degraded}; {learnt}; {second}")
 
 
@@ -187,9 +200,10 @@ def prepare_dreamix(args: argparse.Namespace) -> DreamixJob:
     check_flags(args, preset)
     changes = {ours: getattr(args, name) for name, ours in EDITING.items() if given(args, name)}
     own = {"s": preset.s, "factor": preset.factor, "stride": preset.stride, "second_pass": preset.second_pass}
-    settings = DreamixSettings(**(own | changes))
+    size = None if args.coarse_size is None else args.coarse_size[::-1]
+    settings = DreamixSettings(**(own | changes), size=size)
     changes = {ours: getattr(args, name) for name, ours in TUNING.items() if given(args, name)}
-    # Recomputing costs a third to half more time, and only large models are short of memory.
+    # Recomputing costs half as much time again, and only large models are short of memory.
     own = {"steps": preset.fine_tune_steps, "alpha": preset.alpha, "checkpointing": args.model is not None}
     tuning = FineTuning(**(own | changes), seed=args.seed)
     facts = model_facts(args.model)
@@ -201,7 +215,9 @@ def prepare_dreamix(args: argparse.Namespace) -> DreamixJob:
     count = frame_count(args.frames, facts.frames, facts.stride)
     if args.animate is not None:
         learnt = read_pictures(args, facts)
-        clip = learnt = coarse_video(learnt[0], count, move(args.animate))
+        moved = {name: getattr(args, name) for name in ("fill", "easing") if given(args, name)}
+        amount = 1.0 if args.amount is None else args.amount
+        clip = learnt = coarse_video(learnt[0], count, move(args.animate, amount), **moved)
         fps = Fraction(args.fps or facts.fps)
     elif args.subject:
         learnt = read_pictures(args, facts)
@@ -211,8 +227,8 @@ def prepare_dreamix(args: argparse.Namespace) -> DreamixJob:
         if facts.stride == 1:
             tell_length(len(clip), facts.frames)
         learnt = clip
-    coarse_size(*clip.shape[2:], settings.factor)  # both raise now what the edit would after the fine-tuning
-    degrade_time(clip, settings.stride)
+    coarse_size(*clip.shape[2:], settings.factor, size)  # both raise now what the edit would after the fine-tuning
+    degrade_time(clip, settings.stride, settings.temporal)
     tuning = tuning if lora is None and tuning.steps > 0 else None
     tell_settings(task, settings, tuning, args.lora)
     return DreamixJob(clip, learnt, fps, args.prompt, settings, tuning, lora, facts.network)

@@ -116,6 +116,11 @@ def test_options_change_the_preset(folder, pipeline):
     assert pipeline.asked[0].frames.shape == (5, 3, 64, 128)
     assert pipeline.tuned[0].settings == FineTuning(8, 0.25, 0.01, 3, mask="bypass")
     assert pipeline.tuned[0].token == "zwx"
+    degraded = ["--coarse-size", "40x24", "--stride", "2", "--temporal", "linear", "--force"]
+    assert dreamix(folder, *degraded) == 0
+    asked = pipeline.asked.pop().settings
+    assert (asked.size, asked.stride, asked.temporal) == ((24, 40), 2, "linear"), "height, width"
+    pipeline.tuned.pop()
     assert dreamix(folder, "--noise", "0", "--fine-tune-steps", "0", "--second-pass", "0", "--force") == 0
     assert (pipeline.asked[1].settings.s, pipeline.asked[1].settings.second_pass, len(pipeline.tuned)) == (0, 0, 1)
 
@@ -128,6 +133,10 @@ def test_a_picture_is_moved_and_learnt_from_its_frames_alone(folder, pipeline, n
     assert pipeline.tuned[0].settings.alpha == 0 and pipeline.asked[0].settings.s == PRESETS["animate"].s
     assert read_video(folder / "out.mp4").fps == 7
     assert not torch.equal(expected[0], expected[-1])
+    moved = ["--amount", "2", "--fill", "edge", "--easing", "linear", "--force"]
+    assert dreamix(folder, "--animate", name, *moved, files=["a.png"]) == 0
+    expected = coarse_video(read_image(folder / "a.png"), 8, move("zoom out", 2), fill="edge", easing="linear")
+    assert torch.equal(pipeline.asked[1].frames, expected)
 
 
 def test_a_subject_is_learnt_from_its_pictures_and_filmed_from_noise(folder, pipeline, capsys):
@@ -187,7 +196,10 @@ BAD = [
     (["a.png"], ["--animate", "tilt", "--alpha", "0.5"], "--animate learns from pictures alone"),
     (["a.png"], ["--subject", "--alpha", "1"], "--subject learns from pictures alone"),
     (["a.png"], ["--subject", "--noise", "0.9"], "begins from pure noise"),
-    (["a.png"], ["--subject", "--stride", "2"], "leave them out"),
+    (["a.png"], ["--subject", "--stride", "2"], "--stride would degrade a clip, and --subject has none"),
+    (["a.png"], ["--subject", "--coarse-size", "8x8"], "--coarse-size would degrade a clip"),
+    (None, ["--amount", "0", "--fill", "edge"], "--amount, --fill is of --animate"),
+    (["a.png"], ["--animate", "tilt", "--amount", "9"], "show the picture's edge or back"),
     # the prompt and the token
     (None, ["--prompt", "  "], "the prompt is empty"),
     (None, ["--token", "two words"], "one word without spaces"),
@@ -196,7 +208,10 @@ BAD = [
     (None, ["--noise", "1.5"], "the noise is 1.5"),
     (None, ["--second-pass", "-0.1"], "the noise is -0.1"),
     (None, ["--factor", "0.5"], "downsampled by 0.5"),
+    (None, ["--factor", "2", "--coarse-size", "8x8"], "--factor and --coarse-size both tell"),
+    (None, ["--coarse-size", "200x8"], "cannot downsample 96x96 to 8x200"),
     (None, ["--stride", "0"], "stride in time is 0"),
+    (None, ["--temporal", "cut"], "invalid choice: 'cut'"),
     (None, ["--steps", "0"], "steps"),
     (None, ["--guidance", "-1"], "got --guidance -1"),
     (None, ["--guidance", "nan"], "got --guidance nan"),

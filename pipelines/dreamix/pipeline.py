@@ -28,7 +28,8 @@ class DreamixSettings:
     """How a clip is edited; the defaults are ours, chosen on clips of the embedded model; the paper's are unknown.
 
     s: 0..1, the noise, as a time of the paper's schedule (`corruption.noise_to_signal`): 0 keeps the degraded clip, 1
-    begins from pure noise. factor, stride, temporal: how the clip is degraded before. steps: of the whole schedule, of
+    begins from pure noise. factor, size, stride, temporal: how the clip is degraded before; size (height, width) takes
+    the factor's place. steps: of the whole schedule, of
     which those below sigma(s) are run. guidance: classifier-free, 1 is none. token: the rare word of the fine-tuning;
     place: where it goes in the prompt (`prompts.with_token`). second_pass: s of a second edit of the result, 0 for
     none; scale: how much larger its frames are.
@@ -45,6 +46,7 @@ class DreamixSettings:
     place: str = "before the prompt"
     second_pass: float = 0.0
     scale: float = 1.5
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range."""
@@ -171,7 +173,9 @@ class DreamixPipeline:
         self.check_clip(frames)
         prompt = with_token(prompt, settings.token, settings.place) if lora is not None else prompt
         adapters = from_state(self.family.network, lora) if lora is not None else None
-        clip = self.family.encode_clip(degrade(frames, settings.factor, None, settings.stride, settings.temporal))
+        clip = self.family.encode_clip(
+            degrade(frames, settings.factor, settings.size, settings.stride, settings.temporal)
+        )
         if adapters is not None:
             adapters.attach()
         try:
@@ -223,6 +227,7 @@ class DreamixPipeline:
         tuning: FineTuning = FineTuning(alpha=0.0),
         seed: int = 0,
         callback: Callback | None = None,
+        checkpoints: Path | None = None,
         **coarse: Any,
     ) -> DreamixResult:
         """Animate a picture [3, H, W]: a coarse video of it, tuned on as frames alone, is the clip that is edited.
@@ -233,7 +238,7 @@ class DreamixPipeline:
         if tuning.alpha != 0:
             raise ValueError(f"alpha is {tuning.alpha}; a picture is animated with 0, its coarse motion is not learnt")
         video = coarse_video(picture, frames, end, **coarse)
-        return self(video, prompt, settings, tuning, seed, callback)
+        return self(video, prompt, settings, tuning, seed, callback, checkpoints)
 
     def subject(
         self,
@@ -244,6 +249,7 @@ class DreamixPipeline:
         tuning: FineTuning = FineTuning(alpha=0.0),
         seed: int = 0,
         callback: Callback | None = None,
+        checkpoints: Path | None = None,
     ) -> DreamixResult:
         """A new clip of the subject of a set of pictures [M, 3, H, W], from pure noise, with temporal layers active."""
         if tuning.alpha != 0 or settings.s != 1:
@@ -251,7 +257,7 @@ class DreamixPipeline:
                 f"got alpha {tuning.alpha} and s {settings.s}; a subject is put in a new clip with 0 and 1"
             )
         with_token(prompt, settings.token, settings.place)
-        tuned = self.fine_tune(pictures, settings.token, tuning, callback) if tuning.steps else None
+        tuned = self.fine_tune(pictures, settings.token, tuning, callback, checkpoints) if tuning.steps else None
         blank = torch.zeros(frames, *pictures.shape[1:])
         result = self.edit(blank, prompt, settings, seed, tuned.lora if tuned else None, callback)
         return replace(result, tuned=tuned)

@@ -52,6 +52,8 @@ def test_without_noise_the_degraded_clip_comes_back(pipeline):
     family = pipeline.family
     assert torch.equal(result.frames, family.decode(family.encode_clip(degrade(tiny.video(), 2.0))))
     assert result.evaluations == 0
+    small = pipeline.edit(tiny.video(), PROMPT, replace(FEW, s=0.0, size=(8, 6)))
+    assert torch.equal(small.frames, family.decode(family.encode_clip(degrade(tiny.video(), size=(8, 6)))))
 
 
 def test_from_pure_noise_nothing_of_the_clip_is_left(pipeline):
@@ -121,6 +123,28 @@ def test_a_subject_is_put_in_a_clip_of_any_length_from_pure_noise(svd):
     assert result.frames.shape == (tiny.FRAMES, *pictures.shape[1:])
     plain = svd.edit(torch.zeros_like(tiny.video()), PROMPT, replace(FEW, s=1.0))
     assert not torch.equal(result.frames, plain.frames)
+
+
+@pytest.mark.parametrize("task", ["animate", "subject"])
+def test_both_tasks_go_on_from_a_checkpoint(svd, tmp_path, task):
+    """A run that was stopped in its fine-tuning gives what one gives that was not, with the steps that were left."""
+    tuning, pure, steps = replace(SHORT, steps=4, alpha=0.0), replace(FEW, s=1.0), []
+
+    def run(callback, checkpoints=None):
+        if task == "animate":
+            how = (tiny.video()[0], tiny.FRAMES, PROMPT, move("zoom in"), FEW, tuning)
+        else:
+            how = (tiny.video(frames=3), tiny.FRAMES, PROMPT, pure, tuning)
+        return getattr(svd, task)(*how, callback=callback, checkpoints=checkpoints).frames
+
+    def stop(step):
+        if step["i"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stop, tmp_path)
+    resumed = run(lambda step: steps.append(step["i"]) if "total" in step else None, tmp_path)
+    assert steps == [2, 3] and torch.equal(resumed, run(None))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
