@@ -204,15 +204,20 @@ def test_a_frame_more_in_a_window_is_left_out(host, model, conditions, source):
     with_frame, _ = windowed(host, model, causal_window_fix=True)
     results = []
     for patched in (in_windows, with_frame):
-        *_, inversion = invert(host, patched, source, conditions, frames_at_once=0)
-        results.append((inversion.latent, denoise(host, patched, conditions, inversion)))
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+        rewound, levels, _, inversion = invert(host, patched, source, conditions, frames_at_once=0)
+        (sampler,) = host.run_node("RewindMaskedSampler", inversion=inversion, mask=torch.ones(1, 64, 64))
+        (guider,) = host.run_node("BasicGuider", model=patched, conditioning=conditions["edited"])
+        (none,) = host.run_node("DisableNoise")
+        values = {"noise": none, "guider": guider, "sampler": sampler, "sigmas": levels, "latent_image": rewound}
+        played = host.run_node("SamplerCustomAdvanced", **values)[0]["samples"]
+        results.append((inversion.latent, denoise(host, patched, conditions, inversion), played))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    torch.testing.assert_close(results[0][2], results[0][1], rtol=1e-4, atol=1e-4)
     assert with_frame.model_options["context_handler"].causal_window_fix, "the MODEL itself stays as it was"
 
 
-def test_the_benchmarks_windows_are_the_hosts(host):
-    """`rewind benchmark long` has windows of its own, since it runs without the host."""
-    own, inputs = host.module("benchmarks.windows"), context_windows.known_inputs(host)
+def test_the_windows_without_a_host_are_the_hosts(host):
+    own, inputs = host.module("pipelines.videoshop.windows"), context_windows.known_inputs(host)
     from comfy import context_windows as hosts
 
     assert inputs["context_overlap"][1]["default"] == own.OVERLAP
@@ -225,21 +230,24 @@ def test_the_benchmarks_windows_are_the_hosts(host):
         assert own.pyramid(length).tolist() == hosts.create_weights_pyramid(length), length
 
 
-# --- the workflow -----------------------------------------------------------------------------------------------------
+# --- the workflows ----------------------------------------------------------------------------------------------------
 
 
-def test_the_long_graph_shows_the_known_answer_in_every_part(host, server, trained):
-    workflow = json.loads((comfy_host.ROOT / "workflows" / "videoshop_long.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    ("name", "division"), [("videoshop_long", "in 5 parts"), ("videoshop_windows", "in 7 windows")]
+)
+def test_the_long_graph_shows_the_known_answer_to_its_end(host, server, trained, name, division):
+    workflow = json.loads((comfy_host.ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     prompt = to_api(workflow, server.object_info())
     result = frames(server, server.prompt(prompt), node_of(prompt, "PreviewImage")).movedim(-1, 1)
     given = prompt[node_of(prompt, "RewindDemoClip")]["inputs"]
     clip, metrics = host.module("demo.clip"), host.module("pipelines.evaluation.metrics")
     truth = clip.example(given["seed"], given["edit"], world=clip.world_of(given["frames"]))
     assert result.shape == truth.source.shape and len(result) == 4 * 8
+    assert server.log.read_text().count(f" network evaluations {division} ") >= 2, "there and back"
     if not trained:
         return
-    at_once = prompt[node_of(prompt, "RewindEDMInversion")]["inputs"]["frames_at_once"]
-    for start, stop in host.module("pipelines.videoshop.parts").parts(len(result), at_once):
+    for start, stop in host.module("pipelines.videoshop.parts").parts(len(result), 8):
         region = truth.region[start:stop]
         edit, left = (
             metrics.psnr(shown[start:stop], truth.target[start:stop], region) for shown in (result, truth.source)

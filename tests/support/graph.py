@@ -151,6 +151,9 @@ def _widget_inputs(node: dict, info: dict) -> dict[str, Any]:
             except StopIteration:
                 if part == "optional":  # a newer host's input: its own default applies
                     continue
+                if not node["type"].startswith("Rewind") and "default" in options:
+                    found[name] = options["default"]  # newer hosts append to the required ones of their nodes too
+                    continue
                 raise ValueError(f"node {node['id']} ({node['type']}) has no value for {name}") from None
             # The page puts a widget of its own behind a seed ("randomize", "fixed" ...).
             if options.get("control_after_generate") or (kind == "INT" and name in {"seed", "noise_seed"}):
