@@ -124,6 +124,7 @@ def draw(names: list[str]) -> None:
             page = comfy_page.ComfyPage(browser, server)
             for file in files:
                 page.reset()
+                server.forget()
                 page.open_file(file)
                 if any(node["type"] in DEMOS for node in json.loads(file.read_text(encoding="utf-8"))["nodes"]):
                     status = page.run()["status"]

@@ -98,8 +98,10 @@ def can_tune(server, name: str) -> bool:
 
 @pytest.mark.parametrize("name", RUN)
 def test_runs_by_the_button(page, server, name):
+    server.forget()
     page.open_file(FOLDER / f"{name}.json")
     run = page.run()
+    assert dict(run["status"]["messages"])["execution_cached"]["nodes"] == [], "every node says what it costs"
     if not can_tune(server, name):
         message = json.dumps(run["status"]["messages"][-1])
         assert run["status"]["status_str"] == "error" and "needs a ComfyUI that can copy a model" in message

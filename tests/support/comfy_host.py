@@ -293,6 +293,11 @@ class Server:
         """Press Cancel."""
         self.post("/interrupt", {})
 
+    def forget(self) -> None:
+        """Let the next run compute every node anew, so that each says and shows what it does."""
+        self.post("/free", {"free_memory": True})
+        time.sleep(1)  # the queue's own thread does it
+
     def submit(self, workflow: dict) -> str:
         """Queue a workflow in API form; its prompt id."""
         return self.post("/prompt", {"prompt": workflow, "client_id": self.client})["prompt_id"]
