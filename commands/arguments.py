@@ -71,7 +71,7 @@ def add_edit(commands: Any) -> None:
     edit.add_argument("--seed", type=int, help="(default: 0)")
     edit.add_argument("--force", action="store_true", help="overwrite what is written")
     add_edit_long(
-        edit.add_argument_group("a clip longer than the model", "all of it is edited then (default: at once)")
+        edit.add_argument_group("a clip longer than the model", "all of it is edited by these (default: its start)")
     )
     add_edit_mask(edit.add_argument_group("the mask", "what lies outside it comes back as it was"))
     add_edit_inversion(edit.add_argument_group("one inversion for many edits of a clip"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..demo.clip import FPS
 from ..demo.models import ImageToVideoConfig
-from ..pipelines.dreamix.coarse_video import coarse_video, move
+from ..pipelines.dreamix.coarse_video import STILL, coarse_video, move
 from ..pipelines.dreamix.corruption import coarse_size, degrade_time, sigmas_from
 from ..pipelines.dreamix.families import model_kind
 from ..pipelines.dreamix.finetuning import FineTuning
@@ -138,6 +138,11 @@ def check_flags(args: argparse.Namespace, preset: Preset) -> None:
         raise ValueError(f"{named} would degrade a clip, and --subject has none: leave it out")
     if args.animate is None and (named := options(args, MOVING)):
         raise ValueError(f"{named} is of --animate, which moves a picture: leave it out")
+    if args.animate == STILL and (named := options(args, MOVING)):
+        raise ValueError(f"{named} would do nothing: --animate {STILL} does not move the picture")
+    stride = preset.stride if args.stride is None else args.stride
+    if args.temporal is not None and stride == 1:
+        raise ValueError("--temporal fills in what --stride leaves out, and every frame is kept: give --stride too")
     if args.factor is not None and args.coarse_size is not None:
         raise ValueError("--factor and --coarse-size both tell how far the clip is downsampled: give one of them")
     second = preset.second_pass if args.second_pass is None else args.second_pass

@@ -189,6 +189,8 @@ def prepare_edit(args: argparse.Namespace) -> EditJob:
         )
 
     tell_reading(read, args.frames, args.fps)
+    if read.trimmed and args.frames is None:
+        say(f"--context-length {facts.frames} edits all of it")
     tell_parts(frames, facts.frames, settings.frames_at_once or settings.context_length)
     if read.has_audio:
         say("the audio track is left out")

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..pipelines.dreamix.coarse_video import EASINGS, FILLS, MOVES, View, coarse_video, move
+from ..pipelines.dreamix.coarse_video import EASINGS, FARTHEST, FILLS, MOVES, View, coarse_video, move
 from ..pipelines.dreamix.corruption import TEMPORAL, degrade, sigmas_from
 from ..pipelines.dreamix.presets import PRESETS
 from ..pipelines.dreamix.prompts import PLACES, with_token
@@ -295,8 +295,8 @@ class DreamixCoarseVideo(io.ComfyNode):
             io.Float.Input(
                 "amount",
                 default=1.0,
-                min=-4.0,
-                max=4.0,
+                min=-FARTHEST,
+                max=FARTHEST,
                 step=0.05,
                 tooltip="How far the move goes: 1 as listed, 2 twice as far, below 0 the other way.",
             ),

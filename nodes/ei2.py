@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import comfy.utils
+import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from PIL.Image import Image
@@ -18,9 +19,8 @@ from ..pipelines.ei2.ffam import ATTENTIONS
 from ..pipelines.ei2.inflation import NO_TEMPORAL, PLACES, InflationSettings
 from ..pipelines.ei2.stam import AXES, TEMPORALS
 from ..pipelines.ei2.tuning import OneShot
-from ..pipelines.videoshop.costs import evaluations_in_words
 from .figures import bars, loss_curves, shaded_table, stacked, to_tensor
-from .host import costs, one_shot, patches, sampling
+from .host import costs, one_shot, patches
 from .host.schema import ADVANCED, EI2WeightsType, Schema
 from .host.training import precision_of
 
@@ -323,10 +323,11 @@ class CovariateShiftProbe(io.ComfyNode):
         one_shot.check_model(model)
         one_shot.check_text(model, conditioning, "conditioning")
         latents = one_shot.check_clip(model, samples)
-        memory = costs.sampling_in_words(sampling.guider(model, conditioning), latents, False)
-        told = f"{evaluations_in_words(len(TIMES))}; {memory}"
-        costs.tell(cls.hidden.unique_id, "Covariate-Shift Probe", told)
-        readings = one_shot.probe_shift(model, latents, conditioning, weights, TIMES, seed)
+        say = partial(costs.tell_sampling, cls.hidden.unique_id, "Covariate-Shift Probe", 0)
+        levels = torch.zeros(len(TIMES) + 1)  # as many steps as it looks at levels
+        readings = one_shot.probe_shift(
+            model, latents, conditioning, weights, TIMES, seed, before=lambda guider, x, _: say(guider, x, levels)
+        )
         readings = [replace(r, block=r.block.replace(".transformer_blocks.", ".")) for r in readings]
         shifts = overall(readings)
         picture = to_tensor(_shift_plot(readings))

@@ -77,9 +77,13 @@ def _flow(optical_flow: Any) -> Flow:
 def _costs_in_words(optical_flow: Any, frames: Tensor, feather: int) -> str:
     """What the mask of a clip [T, 3, H, W] costs; flow without weights is no network's."""
     count, _, height, width = frames.shape
-    flow = evaluations_in_words(count - 1) if optical_flow is not None else f"the motion of {count - 1} pairs of frames"
-    device = comfy.model_management.get_torch_device() if optical_flow is None else optical_flow.load_device
     there, here = flow_bytes(height, width, optical_flow is not None), mask_bytes(count, height, width, feather)
+    if optical_flow is None:
+        device = comfy.model_management.get_torch_device()
+        flow = f"the motion of {count - 1} pair{'s' if count > 2 else ''} of frames"
+    else:
+        device, flow = optical_flow.load_device, evaluations_in_words(count - 1)
+        there += optical_flow.model_size()
     if device.type == "cuda":
         return f"{flow}; at most about {in_words(there)} on {device}; {in_words(here)} of main memory"
     return f"{flow}; at most about {in_words(there + here)} of main memory"

@@ -199,7 +199,9 @@ BAD = [
     (["a.png"], ["--subject", "--stride", "2"], "--stride would degrade a clip, and --subject has none"),
     (["a.png"], ["--subject", "--coarse-size", "8x8"], "--coarse-size would degrade a clip"),
     (None, ["--amount", "0", "--fill", "edge"], "--amount, --fill is of --animate"),
-    (["a.png"], ["--animate", "tilt", "--amount", "9"], "show the picture's edge or back"),
+    (["a.png"], ["--animate", "tilt", "--amount", "4"], "show the picture's edge or back"),
+    (["a.png"], ["--animate", "pan-up", "--amount", "nan"], "the amount of the move is nan; it must be -4 to 4"),
+    (["a.png"], ["--animate", "replicate", "--fill", "edge"], "--animate replicate does not move the picture"),
     # the prompt and the token
     (None, ["--prompt", "  "], "the prompt is empty"),
     (None, ["--token", "two words"], "one word without spaces"),
@@ -211,6 +213,7 @@ BAD = [
     (None, ["--factor", "2", "--coarse-size", "8x8"], "--factor and --coarse-size both tell"),
     (None, ["--coarse-size", "200x8"], "cannot downsample 96x96 to 8x200"),
     (None, ["--stride", "0"], "stride in time is 0"),
+    (None, ["--kind", "style", "--temporal", "hold"], "every frame is kept: give --stride too"),
     (None, ["--temporal", "cut"], "invalid choice: 'cut'"),
     (None, ["--steps", "0"], "steps"),
     (None, ["--guidance", "-1"], "got --guidance -1"),

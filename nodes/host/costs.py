@@ -106,6 +106,8 @@ def sampling_in_words(guider: comfy.samplers.CFGGuider, samples: Tensor, guided:
     """The most that a sampling takes on its device."""
     model = guider.model_patcher
     weights, work = model.model_size(), sampling_bytes(guider, samples, guided)
+    if (other := getattr(guider, "uncond_model_patcher", None)) is not None:  # of DualModelGuider
+        weights += other.model_size()
     return (
         f"at most about {in_words(weights + work)} on {model.load_device} ({in_words(weights)} of weights and "
         f"{in_words(work)} to compute, as ComfyUI reckons)"
@@ -115,10 +117,12 @@ def sampling_in_words(guider: comfy.samplers.CFGGuider, samples: Tensor, guided:
 def sides(guider: comfy.samplers.CFGGuider) -> tuple[int, int]:
     """The fewest and the most sides of the guidance that one network call of a guider computes.
 
-    A guidance of another pack's, or of DualCFGGuider, may leave sides out.
+    A guidance of another pack's, or of DualCFGGuider, may leave sides out; so may what is wrapped around the plain one
+    (CFGOverride), or take them in again.
     """
-    most = len(guider.original_conds)
-    if not plainly_guided(guider):
+    most, kind = len(guider.original_conds), comfy.patcher_extension.WrappersMP.PREDICT_NOISE
+    wrapped = comfy.patcher_extension.get_all_wrappers(kind, guider.model_options, is_model_options=True)
+    if wrapped or not plainly_guided(guider):
         return 1, most
     return (1, 1) if without_negative(guider, guider.model_options) else (most, most)
 

@@ -20,7 +20,7 @@ from ...pipelines.ei2.weights import EI2Weights
 from .checks import check_embeddings, check_latent
 from .encoding import check_images, encode_clip, is_video_vae
 from .patches import inflate, network_blocks, put_on, take_off
-from .sampling import DirectSampler, guider, noise_path, sample
+from .sampling import Before, DirectSampler, guider, noise_path, sample
 from .training import (
     CORNER,
     CORNER_FRAMES,
@@ -179,10 +179,12 @@ def probe_shift(
     times: Sequence[float],
     seed: int,
     place: str = "all",
+    before: Before | None = None,
 ) -> list[Reading]:
     """The shift of every temporal module on a clip with noise of a seed, at shares 0..1 of the training times.
 
-    latents: in the VAE's space. Raises ValueError for weights without temporal modules, or of another model.
+    latents: in the VAE's space. before: see `DirectSampler`. Raises ValueError for weights without temporal modules, or
+    of another model.
     """
     check_model(model)
     probe = Probe()
@@ -196,5 +198,7 @@ def probe_shift(
         return x
 
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    sample(guider(probed, conditioning), DirectSampler(look), torch.tensor([1.0, 0.0]), latents, noise, seed)
+    sample(
+        guider(probed, conditioning), DirectSampler(look, before=before), torch.tensor([1.0, 0.0]), latents, noise, seed
+    )
     return probe.readings

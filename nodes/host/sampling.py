@@ -64,8 +64,9 @@ def plainly_guided(guider: comfy.samplers.CFGGuider) -> bool:
 
 def without_negative(guider: comfy.samplers.CFGGuider, options: dict[str, Any]) -> bool:
     """Whether the host leaves out the negative side, as it does at guidance 1. options: of the model."""
-    at_one = math.isclose(guider.cfg, 1.0) and not options.get("disable_cfg1_optimization", False)
-    return plainly_guided(guider) and at_one
+    if not plainly_guided(guider) or options.get("disable_cfg1_optimization", False):
+        return False
+    return math.isclose(guider.cfg, 1.0)
 
 
 def fit_windows(model: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +90,8 @@ class DirectSampler(comfy.samplers.Sampler):
     1 - sigma at the end: on the way to an inverted latent and back all three are wrong.
 
     function: (denoiser, x, sigmas, noise, path, extra_args, callback) -> x, in model space, sigmas descending.
-    on_step gets each step's dict; before is called when all is checked, ahead of the first network call.
+    on_step gets each step's dict; before is called when the model and its levels are checked,
+    ahead of the first network call.
     """
 
     def __init__(

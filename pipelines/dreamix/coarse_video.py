@@ -15,6 +15,7 @@ from torch import Tensor
 
 FILLS = {"white": "fill", "edge": "border", "reflect": "reflection"}  # to kornia's words
 EASINGS = ("linear", "smooth")
+FARTHEST = 4.0  # of a move's amount, either way
 FIELD_OF_VIEW = 50.0  # degrees, of the longer side: how strong the perspective of a turn is (ours: a normal lens)
 
 
@@ -34,9 +35,10 @@ class View:
     roll: float = 0.0
 
 
+STILL = "replicate"
 # Each move from the picture as it is to here, at amount 1.
 MOVES = {
-    "replicate": View(),
+    STILL: View(),
     "zoom in": View(zoom=1.4),
     "zoom out": View(zoom=0.7),
     "pan left": View(x=0.25),
@@ -53,10 +55,12 @@ MOVES = {
 def move(name: str, amount: float = 1.0) -> View:
     """Where a named move ends. amount: 0 does not move, 1 is the move as listed, 2 twice as far; zoom goes by powers.
 
-    Raises ValueError for another name.
+    Raises ValueError for another name, or an amount beyond FARTHEST.
     """
     if name not in MOVES:
         raise ValueError(f'the move is "{name}"; it must be one of {", ".join(MOVES)}')
+    if not abs(amount) <= FARTHEST:
+        raise ValueError(f"the amount of the move is {amount}; it must be {-FARTHEST:g} to {FARTHEST:g}")
     return between(View(), MOVES[name], amount)
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from ..video import check_frames
 from ..videoshop.denoising import GuidedDenoiser, sample_euler
 from .coarse_video import View, coarse_video
-from .corruption import add_noise, degrade, noise_to_signal, sigmas_from
+from .corruption import add_noise, coarse_size, degrade, degrade_time, noise_to_signal, sigmas_from
 from .families import Family, load_family
 from .finetuning import FineTuning, Subject, Tuned, fine_tune
 from .lora import State, from_state
@@ -29,10 +29,9 @@ class DreamixSettings:
 
     s: 0..1, the noise, as a time of the paper's schedule (`corruption.noise_to_signal`): 0 keeps the degraded clip, 1
     begins from pure noise. factor, size, stride, temporal: how the clip is degraded before; size (height, width) takes
-    the factor's place. steps: of the whole schedule, of
-    which those below sigma(s) are run. guidance: classifier-free, 1 is none. token: the rare word of the fine-tuning;
-    place: where it goes in the prompt (`prompts.with_token`). second_pass: s of a second edit of the result, 0 for
-    none; scale: how much larger its frames are.
+    the factor's place. steps: of the whole schedule, of which those below sigma(s) are run. guidance: classifier-free,
+    1 is none. token: the rare word of the fine-tuning; place: where it goes in the prompt (`prompts.with_token`).
+    second_pass: s of a second edit of the result, 0 for none; scale: how much larger its frames are.
     """
 
     s: float = 0.9
@@ -212,7 +211,9 @@ class DreamixPipeline:
     ) -> DreamixResult:
         """Tune on the clip (not at all with 0 steps), then edit it."""
         self.check_clip(frames)
-        with_token(prompt, settings.token, settings.place)  # raises before the long work
+        with_token(prompt, settings.token, settings.place)  # these raise before the long work
+        coarse_size(*frames.shape[2:], settings.factor, settings.size)
+        degrade_time(frames, settings.stride, settings.temporal)
         tuned = self.fine_tune(frames, settings.token, tuning, callback, checkpoints) if tuning.steps else None
         result = self.edit(frames, prompt, settings, seed, tuned.lora if tuned else None, callback)
         return replace(result, tuned=tuned)

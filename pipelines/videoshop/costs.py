@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from ..motion import FINEST, RAFT_MULTIPLE
+from ..motion import FINEST, RAFT_LEAST, RAFT_MULTIPLE
 
 FLOAT = 4  # bytes
 
@@ -44,17 +44,18 @@ def mask_bytes(frames: int, height: int, width: int, feather: int = 0) -> int:
 
     Numbers a pixel as they were measured, rounded up.
     """
-    return FLOAT * height * width * (frames * (9 if feather else 6) + 16)
+    return FLOAT * height * width * (frames * (9 if feather else 6) + 4)
 
 
 def flow_bytes(height: int, width: int, learned: bool = False) -> int:
     """About the most that an estimate of the motion between two frames takes, by `motion.lucas_kanade` or RAFT.
 
     RAFT's grows with the square of the pixels: it keeps how each patch of a frame agrees with each of the other, at
-    four sizes. Numbers a pixel as they were measured, rounded up.
+    four sizes. Without its weights. Numbers a pixel as they were measured, rounded up.
     """
-    pixels = height * width
+    pixels, shorter = height * width, min(height, width)
     if not learned:
-        return FLOAT * 40 * round(pixels * min(1.0, FINEST / min(height, width)) ** 2)
+        return FLOAT * (12 * pixels + 40 * round(pixels * min(1.0, FINEST / shorter) ** 2))
+    pixels = round(pixels * max(1.0, RAFT_LEAST / shorter) ** 2)
     patches = pixels // RAFT_MULTIPLE**2
     return FLOAT * (200 * pixels + round(patches**2 * (1 + 1 / 4 + 1 / 16 + 1 / 64)))

@@ -310,8 +310,14 @@ class VideoshopPipeline:
             settings.last_guidance,
             settings.guidance_interval,
         )
-        x = sample_euler(model, x, sigmas, callback=callback, disable=not progress, put_back=put_back)
-        return x, model.evaluations * len(windows(len(x), *context))
+        calls = len(windows(len(x), *context))  # of the network, for one of the guided model's
+
+        def tell(step: dict[str, Any]) -> None:
+            callback(step | {"evaluations": calls * model.evaluations})
+
+        on_step = None if callback is None else tell
+        x = sample_euler(model, x, sigmas, callback=on_step, disable=not progress, put_back=put_back)
+        return x, calls * model.evaluations
 
     def image_to_video(
         self,

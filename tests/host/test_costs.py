@@ -166,6 +166,35 @@ def test_a_sampler_says_its_evaluations_before_the_first(host, told, node, guide
     assert ("to 12 network" in text or "to 24 network" in text) == (guider == "DualCFGGuider")
 
 
+def test_a_guidance_that_may_change_from_step_to_step_is_told_as_a_range(host, model, told):
+    """By a guider of its own, whose cfg need not be a number, or by what is wrapped around the plain one."""
+    import comfy.patcher_extension
+    import comfy.samplers
+
+    class Scheduled(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options, seed=None):
+            conds = (self.conds[name] for name in ("negative", "positive"))
+            args = (self.inner_model, x, timestep, *conds, self.cfg[0])
+            return comfy.samplers.sampling_function(*args, model_options=model_options, seed=seed)
+
+    def override(executor, *args):
+        executor.class_obj.cfg = 3.0 if float(args[1].max()) > 1 else 1.0
+        return executor(*args)
+
+    wrapped, sides = noting(model, told), [tiny_models.conditioning("svd", seed) for seed in (0, 1)]
+    wrapped.add_wrapper(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, override)
+    (sampler,) = host.run_node("RewindEDMInversionSampler")
+    (noise,) = host.run_node("RandomNoise", noise_seed=1)
+    for guider, cfg in ((Scheduled(noting(model, told)), [2.0]), (comfy.samplers.CFGGuider(wrapped), 1.0)):
+        told.clear()
+        guider.set_conds(*sides)
+        guider.set_cfg(cfg)
+        inputs = {"noise": noise, "guider": guider, "sampler": sampler, "latent_image": tiny_models.latent("svd")}
+        host.run_node("SamplerCustomAdvanced", sigmas=tiny_models.sigmas(model, STEPS, "karras"), **inputs)
+        text, *calls = told
+        assert text.startswith(f"{STEPS} to {2 * STEPS} network evaluations; ") and STEPS < sum(calls) <= 2 * STEPS
+
+
 def test_a_samplers_refinement_is_told(host, model, told):
     (sampler,) = host.run_node("RewindEDMInversionSampler", refine=2)
     (guider,) = host.run_node("BasicGuider", model=noting(model, told), conditioning=tiny_models.conditioning("svd"))
@@ -229,12 +258,15 @@ def test_a_fine_tuning_says_its_memory_and_refuses_by_the_same_number(host, svd,
                 svd.tune(host, memory_check=True)
 
 
-def test_the_probe_says_its_evaluations_before_the_first(host, told):
+@pytest.mark.parametrize("in_windows", [False, True])
+def test_the_probe_says_its_evaluations_before_the_first(host, told, in_windows):
     model = one_shot.sd15()
+    noted = noting(model, told)
+    noted = windowed(host, noted, context_length=2) if in_windows else noted
     inputs = {"weights": one_shot.random_weights(host, model), "samples": {"samples": one_shot.noisy()}}
-    host.run_node(one_shot.PROBE, model=noting(model, told), conditioning=one_shot.prompt(model), **inputs)
+    host.run_node(one_shot.PROBE, model=noted, conditioning=one_shot.prompt(model), **inputs)
     text, *calls = told
-    assert number(text) == sum(calls) == 5 and "; at most about " in text
+    assert number(text) == sum(calls) == (10 if in_windows else 5) and "; at most about " in text
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -256,7 +288,8 @@ def test_an_edit_mask_says_its_pairs_of_frames_before_the_first(host, told, monk
     host.run_node("RewindEditMask", clip=clip, edited_frame=1 - clip[:1], **inputs)
     text, *calls = told
     costs, words = host.module("pipelines.videoshop.costs"), host.module("pipelines.evaluation.memory").in_words
-    size = words(costs.flow_bytes(64, 96, learned) + costs.mask_bytes(5, 64, 96))
+    weights = network.model_size() if learned else 0
+    size = words(costs.flow_bytes(64, 96, learned) + costs.mask_bytes(5, 64, 96) + weights)
     assert len(calls) == 4
     pairs = "4 network evaluations" if learned else "the motion of 4 pairs of frames"
     assert text == f"{pairs}; at most about {size} of main memory"

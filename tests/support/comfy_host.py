@@ -296,7 +296,7 @@ class Server:
     def forget(self) -> None:
         """Let the next run compute every node anew, so that each says and shows what it does."""
         self.post("/free", {"free_memory": True})
-        time.sleep(1)  # the queue's own thread does it
+        time.sleep(2)  # the queue's own thread does it
 
     def submit(self, workflow: dict) -> str:
         """Queue a workflow in API form; its prompt id."""
