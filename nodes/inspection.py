@@ -8,13 +8,14 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..pipelines.denoiser import V
+from ..pipelines.evaluation.memory import in_words
 from ..pipelines.evaluation.metrics import psnr
 from ..pipelines.videoshop.diagnostics import frame_errors, inverted_noise, noise_statistics, step_cosines
 from ..pipelines.videoshop.inversion import Inversion
 from ..pipelines.videoshop.parts import Part, parts_of
 from . import figures
 from .host import checks, costs, parts, sampling
-from .host.encoding import decode_clip, frames_that_fit, sees_clips
+from .host.encoding import decode_clip, frames_that_fit, is_video_vae, sees_clips
 from .host.schema import InversionType, Schema
 from .preparation import CATEGORY, resized
 
@@ -27,6 +28,14 @@ def decoded(vae: Any, samples: Tensor) -> Tensor:
         return decode_clip(vae, samples, chunk)[..., :3]
     images = vae.decode(samples)
     return images.reshape(-1, *images.shape[-3:])[..., :3]
+
+
+def decoding_in_words(vae: Any, samples: Tensor) -> str:
+    """ "; 496 MiB to decode", the most that `decoded` takes."""
+    size = int(vae.memory_used_decode(samples.shape, vae.vae_dtype))
+    frames = 1 if is_video_vae(vae) else len(samples)
+    told = f"two clips, one after the other, on {vae.device}; fewer frames at once where less is free"
+    return f"; {in_words(frames * size)} to decode ({told})"
 
 
 def frame_psnrs(a: Tensor, b: Tensor) -> list[float]:
@@ -93,7 +102,7 @@ class RoundTripCheck(io.ComfyNode):
                 "blame the inversion for the difference; invert with cfg 1"
             )
         source, guider = model.model.process_latent_out(inversion.source), sampling.guider(model, positive)
-        told = {"more": ", and decoding two clips", "found": parts_of(inversion)}
+        told = {"more": decoding_in_words(vae, source), "found": parts_of(inversion)}
         costs.tell_way_back(cls.hidden.unique_id, "Round-Trip Check", guider, samples, inversion.sigmas, **told)
         copy = decoded(vae, source)
         frames = resized(clip, copy.shape[2], copy.shape[1], "clip").to(copy.device)

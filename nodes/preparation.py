@@ -194,12 +194,14 @@ class VideoshopConditioning(io.ComfyNode):
             )
         ids = {"motion_bucket_id": motion_bucket_id, "fps": fps, "augmentation_level": augmentation_level}
         noise = torch.randn(edited.shape, generator=torch.Generator().manual_seed(seed)).to(edited.device)
+        size = encoding_bytes(vae, frames)
+        each, most = in_words(size), in_words(len(frames) * size)
         costs.tell(
             cls.hidden.unique_id,
             "Videoshop Conditioning",
-            f"{len(frames) + 3} frames through the VAE (the clip, its first frame, and the edited one twice); about "
-            f"{in_words(encoding_bytes(vae, frames))} a frame on {vae.device} (as ComfyUI reckons; it encodes as many "
-            "at once as it has room for)",
+            f"{len(frames) + 3} frames through the VAE (the clip, its first frame, and the edited one twice; two of "
+            f"them through CLIP Vision too); about {each} a frame, at most {most} on {vae.device} (as ComfyUI reckons, "
+            "which encodes as many at once as it has room for)",
         )
 
         def pair(image: Tensor, original: Tensor, whiten: bool) -> tuple[list, list]:

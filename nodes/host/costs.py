@@ -190,6 +190,6 @@ def tell_way_back(
     tell(
         node_id,
         node,
-        f"{evaluations_in_words(evaluations)}{division_in_words(guider, found, windows)}{more}; "
-        f"{sampling_in_words(guider, longest(samples, found), max(each) > 1)}",
+        f"{evaluations_in_words(evaluations)}{division_in_words(guider, found, windows)}; "
+        f"{sampling_in_words(guider, longest(samples, found), max(each) > 1)}{more}",
     )

@@ -25,7 +25,8 @@ def check_parts(model: Any, samples: Tensor, at_once: int) -> list[Part]:
     if not checks.takes_first_frame(model):
         raise ValueError(
             f"frames_at_once is {at_once}, but this MODEL is not told of a first frame, by which a part goes on from "
-            "another: set it to 0, and connect Context Windows (Manual) in front for clips that are too long"
+            "another: set it to 0, and connect Context Windows (Manual) in front for clips that are too long (Wan "
+            "image-to-video is told of the edit in all of them where cond_retain_index_list is 0)"
         )
     return parts(len(samples), at_once)
 

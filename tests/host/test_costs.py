@@ -220,7 +220,10 @@ def test_a_round_trip_says_its_evaluations_before_the_first(host, told):
         clip=torch.rand(5, 64, 64, 3),
     )
     text, *calls = told
-    assert number(text) == len(calls) == STEPS and "decoding two clips" in text
+    assert number(text) == len(calls) == STEPS
+    size = 5 * int(vae.memory_used_decode(inversion.latent.shape, vae.vae_dtype))
+    words = host.module("pipelines.evaluation.memory").in_words(size)
+    assert f"); {words} to decode (two clips, " in text
 
 
 def test_a_fine_tuning_says_its_passes_before_the_first_step(host, svd, told, monkeypatch):
@@ -408,8 +411,9 @@ def test_videoshop_conditioning_says_what_goes_through_the_vae(host, told, monke
     text, *calls = told
     frames, sizes = sum(count for count, _ in calls), {size for _, size in calls}
     assert frames == 8 and len(sizes) == 1
-    size = host.module("pipelines.evaluation.memory").in_words(sizes.pop())
-    assert text.startswith(f"{frames} frames through the VAE (") and f"; about {size} a frame on cpu (" in text
+    size, words = sizes.pop(), host.module("pipelines.evaluation.memory").in_words
+    assert text.startswith(f"{frames} frames through the VAE (")
+    assert f"; about {words(size)} a frame, at most {words(5 * size)} on cpu (" in text
 
 
 def test_videoshop_conditioning_refuses_a_vae_of_whole_clips(host, told):
