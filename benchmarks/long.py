@@ -38,13 +38,15 @@ Record = dict[str, Any]
 @dataclass(frozen=True)
 class Way:
     """A row of the table. at_once: of the pipeline's own parts, 0 for none; windows: of the host's kind, own_frame:
-    each told of its own first frame; by_hand: the short pipeline, again and again."""
+    each told of its own first frame; by_hand: the short pipeline, again and again; rescale: how far to the statistics
+    of the edited frame, by the first part's own."""
 
     name: str
     at_once: int = 0
     windows: bool = False
     own_frame: bool = False
     by_hand: bool = False
+    rescale: float = 0.0
 
 
 WHOLE, WINDOWS, IN_PARTS = "the clip at once", "context windows", "parts"
@@ -54,6 +56,7 @@ WAYS = (
     Way("context windows, each told of its own first frame", windows=True, own_frame=True),
     Way("parts by hand: own random directions, the last frame through the VAE", at_once=LENGTH, by_hand=True),
     Way(IN_PARTS, at_once=LENGTH),
+    Way("parts, rescaled to the edited frame", at_once=LENGTH, rescale=1.0),
 )
 
 
@@ -78,7 +81,7 @@ def edited(pipeline: VideoshopPipeline, job: Job, examples: Sequence[Example]) -
     if way.by_hand:
         return [_by_hand(pipeline, job, source, chosen.edited_frame) for chosen in examples]
     length = LENGTH if way.windows and not way.own_frame else 0
-    settings = replace(job.settings, frames_at_once=way.at_once, context_length=length)
+    settings = replace(job.settings, frames_at_once=way.at_once, context_length=length, rescale=way.rescale)
     inversion = pipeline.invert(source, settings, generator)
     results = []
     for chosen in examples:
