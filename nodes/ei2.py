@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import comfy.utils
-import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from PIL.Image import Image
@@ -324,10 +323,7 @@ class CovariateShiftProbe(io.ComfyNode):
         one_shot.check_text(model, conditioning, "conditioning")
         latents = one_shot.check_clip(model, samples)
         say = partial(costs.tell_sampling, cls.hidden.unique_id, "Covariate-Shift Probe", 0)
-        levels = torch.zeros(len(TIMES) + 1)  # as many steps as it looks at levels
-        readings = one_shot.probe_shift(
-            model, latents, conditioning, weights, TIMES, seed, before=lambda guider, x, _: say(guider, x, levels)
-        )
+        readings = one_shot.probe_shift(model, latents, conditioning, weights, TIMES, seed, before=say)
         readings = [replace(r, block=r.block.replace(".transformer_blocks.", ".")) for r in readings]
         shifts = overall(readings)
         picture = to_tensor(_shift_plot(readings))

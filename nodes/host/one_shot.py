@@ -198,7 +198,7 @@ def probe_shift(
         return x
 
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    sample(
-        guider(probed, conditioning), DirectSampler(look, before=before), torch.tensor([1.0, 0.0]), latents, noise, seed
-    )
+    # The levels as a schedule, in which context windows look up where they are.
+    schedule, looking = torch.tensor([*levels, 0.0]), DirectSampler(look, before=before)
+    sample(guider(probed, conditioning), looking, schedule, latents, noise, seed)
     return probe.readings
