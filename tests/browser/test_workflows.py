@@ -37,6 +37,7 @@ RUN = [
 ]
 TUNING = {"RewindDreamixFineTune", "RewindEI2OneShotTune"}
 SILENT = {"SaveLoRA"}  # writes a file and shows nothing
+COSTS = "network evaluation|of main memory|frames at once;|frames through the VAE;"  # what nodes show of them
 
 
 def wiring(workflow: dict) -> set[tuple]:
@@ -143,8 +144,7 @@ def test_a_png_and_a_video_open_the_graph_that_made_them(page, server, ran):
         assert wiring(opened) == wiring(graph)
         # A page as old as 0.7.0's saves what a node SHOWS, its costs, behind its values; opened, they are left out.
         shown = {
-            number: [v for v in values if not re.search("network evaluation|of main memory|frames at once;", str(v))]
-            for number, values in settings(graph).items()
+            number: [v for v in values if not re.search(COSTS, str(v))] for number, values in settings(graph).items()
         }
         assert settings(opened) == shown
         assert 3 in next(node["widgets_values"] for node in opened["nodes"] if node["type"] == "BasicScheduler")
