@@ -32,6 +32,7 @@ from .files import (
     frame_count,
     free_name,
     given,
+    named,
     read_clip,
     resized,
     say,
@@ -123,7 +124,7 @@ def check_files(args: argparse.Namespace) -> None:
 
 def options(args: argparse.Namespace, names: Iterable[str]) -> str:
     """Those of some options that are given, as they are typed."""
-    return ", ".join("--" + name.replace("_", "-") for name in names if given(args, name))
+    return named(name for name in names if given(args, name))
 
 
 def check_flags(args: argparse.Namespace, preset: Preset) -> None:
@@ -134,12 +135,12 @@ def check_flags(args: argparse.Namespace, preset: Preset) -> None:
         raise ValueError(f"got --alpha {args.alpha:g}; {task} learns from pictures alone, with 0")
     if args.subject and args.noise not in (None, 1):
         raise ValueError(f"got --noise {args.noise:g}; --subject begins from pure noise, with 1")
-    if args.subject and (named := options(args, DEGRADING)):
-        raise ValueError(f"{named} would degrade a clip, and --subject has none: leave it out")
-    if args.animate is None and (named := options(args, MOVING)):
-        raise ValueError(f"{named} is of --animate, which moves a picture: leave it out")
-    if args.animate == STILL and (named := options(args, MOVING)):
-        raise ValueError(f"{named} would do nothing: --animate {STILL} does not move the picture")
+    if args.subject and (told := options(args, DEGRADING)):
+        raise ValueError(f"{told} would degrade a clip, and --subject has none: leave it out")
+    if args.animate is None and (told := options(args, MOVING)):
+        raise ValueError(f"{told} is of --animate, which moves a picture: leave it out")
+    if args.animate == STILL and (told := options(args, MOVING)):
+        raise ValueError(f"{told} would do nothing: --animate {STILL} does not move the picture")
     stride = preset.stride if args.stride is None else args.stride
     if args.temporal is not None and stride == 1:
         raise ValueError("--temporal fills in what --stride leaves out, and every frame is kept: give --stride too")
@@ -150,11 +151,11 @@ def check_flags(args: argparse.Namespace, preset: Preset) -> None:
         raise ValueError("--scale enlarges in the second pass, and there is none: give --second-pass too")
     steps = preset.fine_tune_steps if args.fine_tune_steps is None else args.fine_tune_steps
     learning = (*TUNING, "save_lora", "checkpoints")
-    if args.lora is not None and (named := options(args, learning)):
-        raise ValueError(f"--lora takes the place of the fine-tuning: leave out {named}")
-    named = options(args, [name for name in learning if name != "fine_tune_steps"])
-    if args.lora is None and steps == 0 and named:
-        raise ValueError(f"without fine-tuning {named} would do nothing: give --fine-tune-steps above 0")
+    if args.lora is not None and (told := options(args, learning)):
+        raise ValueError(f"--lora takes the place of the fine-tuning: leave out {told}")
+    told = options(args, [name for name in learning if name != "fine_tune_steps"])
+    if args.lora is None and steps == 0 and told:
+        raise ValueError(f"without fine-tuning {told} would do nothing: give --fine-tune-steps above 0")
 
 
 def read_lora(path: Path, network: str) -> tuple[State, str | None]:

@@ -20,7 +20,18 @@ from ..pipelines.videoshop.parts import parts
 from ..pipelines.videoshop.settings import DEFAULT, PAPER, REFERENCE, VideoshopSettings
 from ..pipelines.videoshop.trajectory import DTYPES, trajectory_bytes
 from ..pipelines.videoshop.windows import windows
-from .files import check_output, choose_size, free_name, given, resized, same_proportions, say, tell_parts, tell_reading
+from .files import (
+    check_output,
+    choose_size,
+    free_name,
+    given,
+    named,
+    resized,
+    same_proportions,
+    say,
+    tell_parts,
+    tell_reading,
+)
 from .masks import NONE, check_mask_options, make_mask
 
 if TYPE_CHECKING:
@@ -91,8 +102,8 @@ def edit_settings(args: argparse.Namespace, inversion: Inversion | None = None) 
 
     Raises ValueError for a value out of range.
     """
-    named = ("steps", "strength", "refine", "fps", "motion_bucket", *LONG)
-    changes = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
+    names = ("steps", "strength", "refine", "fps", "motion_bucket", *LONG)
+    changes = {name: getattr(args, name) for name in names if given(args, name)}
     if args.guidance:
         changes |= {"first_guidance": args.guidance[0], "last_guidance": args.guidance[1]}
     start = PRESETS[args.preset or "default"] if inversion is None else VideoshopSettings(**inversion.settings)
@@ -112,9 +123,9 @@ def read_inversion(args: argparse.Namespace) -> Inversion | None:
         if args.trajectory is not None and not keeps_trajectory(args):
             raise ValueError("--trajectory is of what --save-inversion and --mask keep: give one of them too")
         return None
-    settled = ["--" + name.replace("_", "-") for name in OF_THE_INVERSION if given(args, name)]
+    settled = [name for name in OF_THE_INVERSION if given(args, name)]
     if settled:
-        raise ValueError(f"{args.inversion} was made with settings of its own: leave out {', '.join(settled)}")
+        raise ValueError(f"{args.inversion} was made with settings of its own: leave out {named(settled)}")
     inversion = load_inversion(args.inversion)
     try:
         settings = VideoshopSettings(**inversion.settings)

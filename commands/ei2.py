@@ -29,6 +29,7 @@ from .files import (
     frame_count,
     free_name,
     given,
+    named,
     read_clip,
     say,
     write_result,
@@ -103,11 +104,6 @@ def check_files(args: argparse.Namespace) -> None:
         check_output(args.save_weights, inputs, args.force, (".safetensors",))
     if args.checkpoints is not None:
         check_folder(args.checkpoints)
-
-
-def named(names: list[str]) -> str:
-    """Names of options as they are typed."""
-    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def check_flags(args: argparse.Namespace, tuning: OneShot, inflation: InflationSettings, strength: float) -> None:

@@ -6,7 +6,7 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -28,6 +28,11 @@ def say(text: str) -> None:
 
 def given(args: argparse.Namespace, name: str) -> bool:
     return getattr(args, name) is not None
+
+
+def named(names: Iterable[str]) -> str:
+    """Names of options as they are typed."""
+    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def check_request(args: argparse.Namespace) -> None:

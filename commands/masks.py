@@ -10,7 +10,7 @@ from torch import Tensor
 from ..pipelines.motion import Flow, load_raft, lucas_kanade
 from ..pipelines.video import fit, read_image, read_video
 from ..pipelines.videoshop.masks import DEFAULT_MASK, MaskSettings, edit_mask, soften
-from .files import VIDEOS, same_proportions, say
+from .files import VIDEOS, named, same_proportions, say
 
 NONE, AUTO = "none", "auto"
 OPTIONS = ("mask_threshold", "mask_grow", "mask_feather", "flow_weights")
@@ -29,8 +29,7 @@ def check_mask_options(args: argparse.Namespace) -> None:
         unused = [name for name in OPTIONS if getattr(args, name) is not None]
         unused += ["keep_pixels"] if args.keep_pixels else []
         if unused:
-            names = ", ".join("--" + name.replace("_", "-") for name in unused)
-            raise ValueError(f"{names} without a mask: give --mask {AUTO}, or --mask with a file")
+            raise ValueError(f"{named(unused)} without a mask: give --mask {AUTO}, or --mask with a file")
         return
     if args.mask != AUTO and not Path(args.mask).is_file():
         raise FileNotFoundError(f"there is no file {args.mask}; --mask takes {NONE}, {AUTO}, or a picture or video")

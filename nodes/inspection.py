@@ -15,7 +15,7 @@ from ..pipelines.videoshop.inversion import Inversion
 from ..pipelines.videoshop.parts import Part, parts_of
 from . import figures
 from .host import checks, costs, parts, sampling
-from .host.encoding import decode_clip, frames_that_fit, is_video_vae, sees_clips
+from .host.encoding import decode_clip, frame_bytes, frames_that_fit, is_video_vae, sees_clips
 from .host.schema import InversionType, Schema
 from .preparation import CATEGORY, resized
 
@@ -32,10 +32,9 @@ def decoded(vae: Any, samples: Tensor) -> Tensor:
 
 def decoding_in_words(vae: Any, samples: Tensor) -> str:
     """ "; 496 MiB to decode", the most that `decoded` takes."""
-    size = int(vae.memory_used_decode(samples.shape, vae.vae_dtype))
-    frames = 1 if is_video_vae(vae) else len(samples)
+    frames = 1 if is_video_vae(vae) else len(samples)  # of a video VAE the clip is what it reckons for
     told = f"two clips, one after the other, on {vae.device}; fewer frames at once where less is free"
-    return f"; {in_words(frames * size)} to decode ({told})"
+    return f"; {in_words(frames * frame_bytes(vae, samples))} to decode ({told})"
 
 
 def frame_psnrs(a: Tensor, b: Tensor) -> list[float]:

@@ -277,11 +277,10 @@ def test_an_edit_mask_says_its_pairs_of_frames_before_the_first(host, told, monk
     """Learned flow is a network's evaluation each; other flow is none."""
     import comfy.model_patcher
 
-    module, looked = host.module("nodes.masks"), []
+    module = host.module("nodes.masks")
 
     def flow(frame, other):
         told.append(1)
-        looked.append(frame.shape)
         return torch.zeros(2, 64, 96)
 
     monkeypatch.setattr(module, "_flow", lambda optical_flow: flow)
